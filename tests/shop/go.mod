@@ -1,4 +1,4 @@
-module forkd/tests/shop
+module forkd.dev/forkd/tests/shop
 
 go 1.26.0
 

@@ -8,9 +8,9 @@ import (
 	"fmt"
 	"os"
 
-	"forkd/tests/shop/internal/bench"
-	"forkd/tests/shop/internal/client"
-	"forkd/tests/shop/internal/serve"
+	"forkd.dev/forkd/tests/shop/internal/bench"
+	"forkd.dev/forkd/tests/shop/internal/client"
+	"forkd.dev/forkd/tests/shop/internal/serve"
 )
 
 // version is set by the build.

@@ -14,9 +14,9 @@ import (
 	"testing"
 	"time"
 
-	"forkd/tests/shop/internal/client"
-	"forkd/tests/shop/internal/serve"
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/client"
+	"forkd.dev/forkd/tests/shop/internal/serve"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // shop runs every service on the loopback and gives their addresses. cart says that it is on a laptop.

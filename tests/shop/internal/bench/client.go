@@ -12,7 +12,7 @@ import (
 	"strings"
 	"time"
 
-	"forkd/tests/shop/internal/args"
+	"forkd.dev/forkd/tests/shop/internal/args"
 )
 
 // Bounds on the load, whatever the flags say.

@@ -20,8 +20,8 @@ import (
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc/status"
 
-	"forkd/tests/shop/internal/args"
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/args"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // maxN bounds every loop.

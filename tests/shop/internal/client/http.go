@@ -13,7 +13,7 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // maxShown bounds how much of a body is printed.

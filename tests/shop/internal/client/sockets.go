@@ -15,7 +15,7 @@ import (
 
 	"github.com/coder/websocket"
 
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // defaultBytes is the size of a message that no flag gives.

@@ -16,8 +16,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/metadata"
 
-	"forkd/tests/shop/internal/price"
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/price"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // childTimeout bounds one call, so that a dead service shows up in the tree instead of stalling it.
@@ -48,6 +48,7 @@ func newChild(name, address string) (child, error) {
 	case "grpc":
 		conn, err := grpc.NewClient("dns:///"+host,
 			grpc.WithTransportCredentials(insecure.NewCredentials()),
+			grpc.WithNoProxy(),
 			// The default waits up to two minutes before it looks whether a service is back.
 			grpc.WithConnectParams(grpc.ConnectParams{Backoff: backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, MaxDelay: time.Second}, MinConnectTimeout: time.Second}))
 		if err != nil {

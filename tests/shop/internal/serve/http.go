@@ -16,7 +16,7 @@ import (
 
 	"github.com/coder/websocket"
 
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // Bounds on what one request may ask for.

@@ -5,7 +5,7 @@ import (
 	"html/template"
 	"net/http"
 
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 //go:embed page.html

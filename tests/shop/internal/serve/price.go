@@ -11,8 +11,8 @@ import (
 	"google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/metadata"
 
-	"forkd/tests/shop/internal/price"
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/price"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 type priceServer struct{ *Service }

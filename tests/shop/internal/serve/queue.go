@@ -9,7 +9,7 @@ import (
 	"strings"
 	"sync"
 
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // maxHeld bounds what a connection in "hold" may send before it ends its side.

@@ -18,8 +18,8 @@ import (
 	"syscall"
 	"time"
 
-	"forkd/tests/shop/internal/args"
-	"forkd/tests/shop/internal/who"
+	"forkd.dev/forkd/tests/shop/internal/args"
+	"forkd.dev/forkd/tests/shop/internal/who"
 )
 
 // role is what tells one service of the shop from another.
