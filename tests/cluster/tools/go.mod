@@ -1,0 +1,3 @@
+module forkd.dev/forkd/tests/cluster/tools
+
+go 1.25.0
