@@ -1,5 +1,5 @@
 # What the machine must have, and what is built from Go modules.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 packages=(containerd runc containernetworking-plugins iptables nftables conntrack iproute2 procps sudo uidmap util-linux)
 

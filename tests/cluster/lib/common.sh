@@ -1,5 +1,5 @@
 # Where things are, and how the script speaks.
-# shellcheck shell=bash disable=SC2034
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 cache=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
 state=${FORKD_STATE:-/var/lib/forkd-cluster}

@@ -1,5 +1,5 @@
 # The components, their configuration, and how one is started and stopped.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 components=(containerd etcd kube-apiserver kube-controller-manager kube-scheduler kubelet kube-proxy outside-dns)
 
@@ -8,10 +8,10 @@ component_alive() { alive "$run/$1.pid" "$1"; }
 
 start_component() {
     if component_alive "$1"; then return 0; fi
-    local command where=(--target "$(node_pid)" --net --mount --pid)
-    mapfile -t command < <(component_command "$1")
+    local program where=(--target "$(node_pid)" --net --mount --pid)
+    mapfile -t program < <(component_command "$1")
     if [ "$1" = outside-dns ]; then where=(--target "$(laptop_pid)" --net --mount); fi
-    PATH=$bin:$system_path setsid nsenter "${where[@]}" --wdns=/ -- "${command[@]}" \
+    PATH=$bin:$system_path setsid nsenter "${where[@]}" --wdns=/ -- "${program[@]}" \
         >>"$state/logs/$1.log" 2>&1 </dev/null 9>&- &
     echo $! >"$run/$1.pid"
 }
@@ -60,7 +60,8 @@ component_command() {
                 --authorization-kubeconfig="$kubeconfig/controller-manager.yaml" --bind-address=127.0.0.1 \
                 --use-service-account-credentials --service-account-private-key-file="$pki/sa.key" \
                 --root-ca-file="$pki/ca.crt" --cluster-signing-cert-file="$pki/ca.crt" --cluster-signing-key-file="$pki/ca.key" \
-                --cluster-cidr="$pod_cidr" --service-cluster-ip-range="$service_cidr" --leader-elect=false --profiling=false ;;
+                --cluster-cidr="$pod_cidr" --service-cluster-ip-range="$service_cidr" --leader-elect=false --profiling=false \
+                --kube-api-qps=200 --kube-api-burst=400 ;;
         kube-scheduler)
             printf '%s\n' kube-scheduler --kubeconfig="$kubeconfig/scheduler.yaml" \
                 --authentication-kubeconfig="$kubeconfig/scheduler.yaml" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # First process of the laptop's namespaces: makes private what a program on a laptop changes or reads.
 set -euo pipefail
-: "$run" "$state" "$outside_dns_ip"
+: "${run:?}" "${state:?}" "${outside_dns_ip:?}"
 
 mount --make-rprivate /
 

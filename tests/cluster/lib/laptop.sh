@@ -1,5 +1,5 @@
 # The laptop: a network and a mount namespace that live as long as one sleeping process.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 laptop_alive() { alive "$run/laptop.pid" forkd-cluster-laptop; }
 laptop_pid() { cat "$run/laptop.pid"; }

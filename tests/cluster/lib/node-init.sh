@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # First process of the node's namespaces.
 set -euo pipefail
-: "$state" "$run"
+: "${state:?}" "${run:?}"
 
 # Until the node has its own /proc, this shows the id that the host knows the process by.
 read -r outside_pid _ </proc/self/stat

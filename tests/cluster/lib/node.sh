@@ -1,13 +1,13 @@
 # The node: network, mount and process namespaces of its own. Its first process reaps orphans; killing it ends everything
 # in it (components, shims, containers) and with them its mounts, network devices and rules.
-# shellcheck shell=bash disable=SC2154
+# shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 node_alive() { alive "$run/node.pid" forkd-cluster-node; }
 node_pid() { cat "$run/node.pid"; }
 in_node() { nsenter --target "$(node_pid)" --net --mount --pid --wdns=/ -- "$@"; }
 on_node() { in_node env PATH="$bin:$system_path" KUBECONFIG="$admin_kubeconfig" "$@"; }
 ctr() { command ctr --address "$run/containerd/containerd.sock" --namespace k8s.io "$@"; }
-cgroups() { find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name forkd-cluster "$@"; }
+cgroups() { find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name forkd-cluster; }
 
 # Binaries are linked into the state directory because the cache may be in a home that the laptop's users cannot enter.
 prepare_state() {
@@ -56,7 +56,7 @@ load() {
     [ -r "${1:-}" ] || fail 2 "cannot read the image \"${1:-}\"" "" "scripts/cluster load IMAGE.tar"
     local name i
     ctr images import "$1" >"$run/import" || fail 1 "cannot import $1" "containerd refused it" "scripts/cluster logs containerd"
-    for name in $(sed -nE 's/^unpacking ([^ ]+) .*/\1/p' "$run/import"); do
+    sed -nE 's/^unpacking ([^ ]+) .*/\1/p' "$run/import" | while read -r name; do
         for ((i = 0; i < 100; i++)); do
             ctr images ls "name==$name" | grep -q io.cri-containerd.image=managed && break
             sleep 0.1
@@ -97,4 +97,5 @@ tear_down() {
         fail 1 "$state is not this script's" "it lacks the file .forkd-cluster" "set FORKD_STATE to another directory"
     fi
     rm -rf --one-file-system "$state" "$run"
+    rmdir /run/netns /run/containerd /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers 2>/dev/null || true
 }
