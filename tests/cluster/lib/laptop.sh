@@ -18,12 +18,12 @@ start_laptop() {
 
 # Ends every process in the laptop's network: daemons and test servers that were started there, too.
 stop_laptop() {
-    laptop_alive || return 0
-    local net i pids
-    net=$(readlink "/proc/$(laptop_pid)/ns/net")
-    for ((i = 0; i < 20; i++)); do
-        pids=$(find /proc -mindepth 3 -maxdepth 3 -path '/proc/[0-9]*/ns/net' -lname "$net" 2>/dev/null | cut -d/ -f3) || true
-        [ -n "$pids" ] || return 0
+    local net pids
+    net=$(readlink "/proc/$1/ns/net") || return 0
+    net=${net//[\[\]]/?} # -lname takes a pattern
+    while true; do
+        pids=$(find /proc/[0-9]*/ns/net -maxdepth 0 -lname "$net" 2>/dev/null | cut -d/ -f3) || true # other processes end meanwhile
+        [ -n "$pids" ] || break
         # shellcheck disable=SC2086
         kill -9 $pids 2>/dev/null || true
         sleep 0.05

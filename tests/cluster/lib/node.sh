@@ -71,16 +71,16 @@ make_user() {
     echo "$state/kubeconfig/user-$1.yaml"
 }
 
-# Works on whatever is there: a running cluster, half of one, or files that outlived a reboot.
+# Works on whatever is there: a running cluster, half of one, or files that outlived a reboot. The first processes of the
+# namespaces are found by the names they gave themselves, so that lost pid files leave nothing running.
 tear_down() {
-    local i cgroup
-    stop_laptop
-    if node_alive; then
-        kill -9 "$(node_pid)"
-    fi
-    for ((i = 0; i < 200; i++)); do
-        node_alive || [ -n "$(pgrep -f "^nsenter --target $(cat "$run/node.pid" 2>/dev/null || echo none) ")" ] || break
-        sleep 0.05
+    local cgroup i pid
+    for pid in $(pgrep -fx 'forkd-cluster-laptop .*'); do
+        stop_laptop "$pid"
+    done
+    for pid in $(pgrep -fx 'forkd-cluster-node .*'); do
+        kill -9 "$pid"
+        while [ -e "/proc/$pid" ]; do sleep 0.05; done
     done
     for ((i = 0; i < 100; i++)); do
         for cgroup in $(cgroups); do
