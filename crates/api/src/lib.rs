@@ -2,6 +2,7 @@
 //!
 //! The CRD YAML in `crates/api/crds/` is generated from these types; a test holds the two together.
 
+pub mod manifests;
 pub mod names;
 
 use std::collections::BTreeMap;
