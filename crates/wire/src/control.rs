@@ -111,7 +111,7 @@ pub struct Authorize {
 /// Actions of [`Authorize`].
 pub mod authorize {
     /// One of these.
-    #[derive(Clone, PartialEq, prost::Oneof)]
+    #[derive(Clone, PartialEq, Eq, Hash, prost::Oneof)]
     pub enum Action {
         /// To dial this address (4 or 16 bytes): asks for `create pods/portforward` in the namespace that it belongs to.
         #[prost(bytes = "vec", tag = "3")]
@@ -123,7 +123,7 @@ pub mod authorize {
 }
 
 /// See [`authorize::Action::Environment`].
-#[derive(Clone, PartialEq, prost::Message)]
+#[derive(Clone, PartialEq, Eq, Hash, prost::Message)]
 pub struct ReadEnvironment {}
 
 /// A Kubernetes user, as the API server told it in the certificate request.
