@@ -2,8 +2,9 @@
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
 cache=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
-state=${FORKD_STATE:-/var/lib/forkd-cluster}
-run=/run/forkd-cluster # fixed: network names and sockets allow one cluster per machine
+cluster=${FORKD_CLUSTER:-forkd-cluster} # names processes, cgroups and directories, so that two clusters can live side by side
+state=${FORKD_STATE:-/var/lib/$cluster}
+run=/run/$cluster
 bin=$state/bin
 admin_kubeconfig=$state/kubeconfig/admin.yaml
 
@@ -53,11 +54,15 @@ wait_for() {
 # One `up` or `down` at a time; what they start must not inherit the lock.
 locked() {
     need_root
-    exec 9>/run/forkd-cluster.lock
-    if ! flock -n 9; then
-        say "another \"scripts/cluster up\" or \"down\" is at work: waiting for it"
-        flock 9
-    fi
+    while true; do
+        exec 9>"$run.lock"
+        if ! flock -n 9; then
+            say "another \"scripts/cluster up\" or \"down\" is at work: waiting for it"
+            flock 9
+        fi
+        # The one who had the lock may have removed its file.
+        if [ /proc/self/fd/9 -ef "$run.lock" ]; then break; fi
+    done
     "$1"
 }
 

@@ -80,7 +80,7 @@ write_configs() {
     local file text name
     for file in "$here"/config/*; do
         text=$(<"$file")
-        for name in state run bin node_name node_ip pod_cidr dns_service_ip outside_dns_ip; do
+        for name in cluster state run bin node_name node_ip pod_cidr dns_service_ip outside_dns_ip; do
             text=${text//@$name@/${!name}}
         done
         printf '%s\n' "$text" >"$state/config/${file##*/}"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # First process of the laptop's namespaces: makes private what a program on a laptop changes or reads.
 set -euo pipefail
-: "${run:?}" "${state:?}" "${outside_dns_ip:?}"
+# The script that starts this one passes these.
+: "${cluster:?}" "${run:?}" "${outside_dns_ip:?}"
 
 mount --make-rprivate /
 
@@ -47,4 +48,4 @@ ip link set lo up
 
 echo $$ >"$run/laptop.pid"
 touch "$run/laptop.ready"
-exec -a forkd-cluster-laptop sleep infinity
+exec -a "$cluster-laptop" sleep infinity

@@ -1,13 +1,13 @@
 # The laptop: a network and a mount namespace that live as long as one sleeping process.
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
-laptop_alive() { alive "$run/laptop.pid" forkd-cluster-laptop; }
+laptop_alive() { alive "$run/laptop.pid" "$cluster-laptop"; }
 laptop_pid() { cat "$run/laptop.pid"; }
 in_laptop() { nsenter --target "$(laptop_pid)" --net --mount --wdns=/ -- "$@"; }
 
 start_laptop() {
     local i
-    run=$run state=$state outside_dns_ip=$outside_dns_ip setsid unshare --net --mount -- \
+    cluster=$cluster run=$run outside_dns_ip=$outside_dns_ip setsid unshare --net --mount -- \
         bash "$here/lib/laptop-init.sh" >"$state/logs/laptop.log" 2>&1 </dev/null 9>&- &
     for ((i = 0; i < 200; i++)); do
         [ -e "$run/laptop.ready" ] && break

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # First process of the node's namespaces.
 set -euo pipefail
-: "${state:?}" "${run:?}"
+# The script that starts this one passes these.
+: "${cluster:?}" "${state:?}" "${run:?}"
 
 # Until the node has its own /proc, this shows the id that the host knows the process by.
 read -r outside_pid _ </proc/self/stat
@@ -33,4 +34,4 @@ sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0
 echo "$outside_pid" >"$run/node.pid"
 touch "$run/node.ready"
 # bash reaps every orphan; the name is how the script recognises this process.
-exec -a forkd-cluster-node bash -c 'while :; do sleep 1d & wait $!; done'
+exec -a "$cluster-node" bash -c 'while :; do sleep 1d & wait $!; done'

@@ -2,12 +2,12 @@
 # in it (components, shims, containers) and with them its mounts, network devices and rules.
 # shellcheck shell=bash disable=SC2034,SC2154 # the files share their variables
 
-node_alive() { alive "$run/node.pid" forkd-cluster-node; }
+node_alive() { alive "$run/node.pid" "$cluster-node"; }
 node_pid() { cat "$run/node.pid"; }
 in_node() { nsenter --target "$(node_pid)" --net --mount --pid --wdns=/ -- "$@"; }
 on_node() { in_node env PATH="$bin:$system_path" KUBECONFIG="$admin_kubeconfig" "$@"; }
 ctr() { command ctr --address "$run/containerd/containerd.sock" --namespace k8s.io "$@"; }
-cgroups() { find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name forkd-cluster; }
+cgroups() { find /sys/fs/cgroup -mindepth 2 -maxdepth 2 -type d -name "$cluster"; }
 
 # Binaries are linked into the state directory because the cache may be in a home that the laptop's users cannot enter.
 prepare_state() {
@@ -26,13 +26,13 @@ prepare_state() {
     write_configs
     local controller
     for controller in /sys/fs/cgroup/*/; do
-        mkdir -p "$controller/forkd-cluster"
+        mkdir -p "$controller/$cluster"
     done
 }
 
 start_node() {
     local i
-    state=$state run=$run setsid unshare --net --mount --pid --fork -- \
+    cluster=$cluster state=$state run=$run setsid unshare --net --mount --pid --fork -- \
         bash "$here/lib/node-init.sh" >"$state/logs/node.log" 2>&1 </dev/null 9>&- &
     for ((i = 0; i < 100; i++)); do
         [ -e "$run/node.ready" ] && node_alive && break
@@ -75,10 +75,10 @@ make_user() {
 # namespaces are found by the names they gave themselves, so that lost pid files leave nothing running.
 tear_down() {
     local cgroup i pid
-    for pid in $(pgrep -fx 'forkd-cluster-laptop .*'); do
+    for pid in $(pgrep -fx "$cluster-laptop .*"); do
         stop_laptop "$pid"
     done
-    for pid in $(pgrep -fx 'forkd-cluster-node .*'); do
+    for pid in $(pgrep -fx "$cluster-node .*"); do
         kill -9 "$pid"
         while [ -e "/proc/$pid" ]; do sleep 0.05; done
     done
