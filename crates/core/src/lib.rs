@@ -1,1 +1,4 @@
 //! core
+
+pub mod http1;
+pub mod key;
