@@ -32,7 +32,7 @@ component_command() {
         containerd)
             printf '%s\n' containerd --config "$config/containerd.toml" ;;
         outside-dns)
-            printf '%s\n' bash -c "exec -a outside-dns $bin/coredns -conf $config/outside-dns" ;;
+            printf '%s\n' bash -c "exec -a $cluster-outside-dns $bin/coredns -conf $config/outside-dns" ;;
         etcd)
             # No fsync: the data need not outlive the machine, and compilers share its disk.
             printf '%s\n' etcd --name=node --data-dir="$state/etcd" --unsafe-no-fsync --log-level=warn \
@@ -91,7 +91,7 @@ write_configs() {
 admin() {
     local enter=()
     if [ "$(id -u)" = 0 ]; then enter=(nsenter --target "$(laptop_pid)" --net --); fi
-    "${enter[@]}" "$bin/kubectl" --kubeconfig "$admin_kubeconfig" "$@"
+    KUBECACHEDIR=$state/kubectl-cache "${enter[@]}" "$bin/kubectl" --kubeconfig "$admin_kubeconfig" "$@"
 }
 
 node_ready() { admin wait --for=condition=Ready --timeout=1s "node/$node_name"; }

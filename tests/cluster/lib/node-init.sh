@@ -28,6 +28,19 @@ mount -t tmpfs tmpfs /var/lib/cni
 
 mount --make-rshared / # the kubelet and runc propagate mounts within the node
 
+# The kubelet sets these for the whole machine, unless it finds what it wants.
+while read -r name value; do
+    echo "$value" >"$run/sysctl-${name//\//.}"
+    mount --bind "$run/sysctl-${name//\//.}" "/proc/sys/$name"
+done <<'EOF'
+kernel/keys/root_maxbytes 25000000
+kernel/keys/root_maxkeys 1000000
+kernel/panic 10
+kernel/panic_on_oops 1
+vm/overcommit_memory 1
+vm/panic_on_oom 0
+EOF
+
 ip link set lo up
 sysctl -qw net.ipv4.ip_forward=1 net.ipv4.conf.all.rp_filter=0
 

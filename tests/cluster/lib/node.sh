@@ -75,11 +75,11 @@ make_user() {
 # namespaces are found by the names they gave themselves, so that lost pid files leave nothing running.
 tear_down() {
     local cgroup i pid
-    for pid in $(pgrep -fx "$cluster-laptop .*"); do
+    for pid in $(pgrep -fx "$cluster-(laptop|outside-dns) .*"); do
         stop_laptop "$pid"
     done
     for pid in $(pgrep -fx "$cluster-node .*"); do
-        kill -9 "$pid"
+        kill -9 "$pid" 2>/dev/null || true
         while [ -e "/proc/$pid" ]; do sleep 0.05; done
     done
     for ((i = 0; i < 100; i++)); do
