@@ -11,4 +11,7 @@
 //! | [`relay`] | passes sealed packets between laptops and agents |
 //! | [`relay_client`] | the control connection that a laptop or an agent keeps with a relay |
 
+pub mod congestion;
+pub mod copy;
 pub mod identity;
+pub mod stream;

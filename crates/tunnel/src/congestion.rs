@@ -1,0 +1,218 @@
+//! How much may be in flight: what the path carries in its shortest round trip, plus an allowance for jitter.
+//!
+//! A byte pipe loses nothing, so controllers that wait for loss fill every buffer on the way (hundreds of
+//! milliseconds). This one follows the idea of BBR (draft-cardwell-iccrg-bbr-congestion-control), without its state
+//! machine: largest delivery rate of the last rounds × smallest round trip of the last seconds. Loss does not count;
+//! it shows as a lower delivery rate.
+
+use std::any::Any;
+use std::collections::VecDeque;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use quinn::congestion::{Controller, ControllerFactory};
+use quinn_proto::RttEstimator;
+
+/// Rounds over which the largest delivery rate counts.
+const RATE_ROUNDS: usize = 12;
+/// How long a smallest round trip counts.
+const MIN_RTT_LIFE: Duration = Duration::from_secs(10);
+/// Doubles the rate each round until it stops growing (2/ln 2, as in BBR).
+const STARTUP_GAIN: f64 = 2.9;
+/// After startup, by round: a little more to find out whether there is more, then less to drain, then steady.
+const CYCLE: [f64; 8] = [1.6, 0.9, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2];
+/// Below this round trip no queue worth the name can build up, and the window must not bind.
+const NEAR: Duration = Duration::from_millis(2);
+const NEAR_FLOOR: u64 = 1 << 20;
+const FAR_FLOOR: u64 = 64 * 1024;
+/// Until the first rate is known: RFC 9002 would start with 14 KiB, which costs round trips on every path that
+/// forkd's packets take.
+const INITIAL: u64 = 128 * 1024;
+/// Upper bound of the allowance for jitter.
+const MAX_JITTER: Duration = Duration::from_millis(60);
+/// Shortest span over which a rate is taken.
+const MIN_ROUND: Duration = Duration::from_millis(1);
+
+/// Counts the paths that a socket has switched to. What was learned on one path says nothing about the next.
+#[derive(Clone, Debug, Default)]
+pub struct Generation(Arc<AtomicU64>);
+
+impl Generation {
+    /// The packets take another path from here on.
+    pub fn bump(&self) {
+        self.0.fetch_add(1, Ordering::Relaxed);
+    }
+
+    fn load(&self) -> u64 {
+        self.0.load(Ordering::Relaxed)
+    }
+}
+
+/// Makes a [`Bandwidth`] for each connection.
+#[derive(Clone, Debug)]
+pub struct BandwidthConfig {
+    generation: Generation,
+}
+
+impl BandwidthConfig {
+    /// All connections over one socket share its generation.
+    pub fn new(generation: Generation) -> Self {
+        Self { generation }
+    }
+}
+
+impl ControllerFactory for BandwidthConfig {
+    fn build(self: Arc<Self>, now: Instant, _mtu: u16) -> Box<dyn Controller> {
+        Box::new(Bandwidth::new(self.generation.clone(), now))
+    }
+}
+
+/// The controller of one connection.
+#[derive(Clone, Debug)]
+pub struct Bandwidth {
+    generation: Generation,
+    seen: u64,
+    /// Acknowledgements of packets from before do not count: they took another path.
+    since: Instant,
+    /// Bytes per second, by round, newest last.
+    rates: VecDeque<f64>,
+    /// Smallest round trip and when it was seen.
+    min_rtt: Option<(Duration, Instant)>,
+    /// Mean deviation of round trips from the smallest, smoothed: what the path does to packets by itself.
+    jitter: Duration,
+    round: Round,
+    /// Best rate so far and rounds without a better one, until three have passed; `None` after startup.
+    startup: Option<(f64, u8)>,
+    cycle: usize,
+    window: u64,
+}
+
+#[derive(Clone, Debug)]
+struct Round {
+    started: Instant,
+    acked: u64,
+    /// The application had nothing more to send in this round: its rate is a lower bound.
+    app_limited: bool,
+}
+
+impl Bandwidth {
+    fn new(generation: Generation, now: Instant) -> Self {
+        let seen = generation.load();
+        Self {
+            generation,
+            seen,
+            since: now,
+            rates: VecDeque::with_capacity(RATE_ROUNDS),
+            min_rtt: None,
+            jitter: Duration::ZERO,
+            round: Round { started: now, acked: 0, app_limited: false },
+            startup: Some((0.0, 0)),
+            cycle: 0,
+            window: INITIAL,
+        }
+    }
+
+    fn restart(&mut self, now: Instant) {
+        *self = Self::new(self.generation.clone(), now);
+    }
+
+    fn max_rate(&self) -> f64 {
+        self.rates.iter().copied().fold(0.0, f64::max)
+    }
+
+    fn end_round(&mut self, now: Instant, rtt: Duration) {
+        let span = now.saturating_duration_since(self.round.started);
+        if span < rtt.max(MIN_ROUND) || self.round.acked == 0 {
+            return;
+        }
+        let rate = self.round.acked as f64 / span.as_secs_f64();
+        let app_limited = self.round.app_limited;
+        self.round = Round { started: now, acked: 0, app_limited: false };
+        if app_limited && rate <= self.max_rate() {
+            return;
+        }
+        if self.rates.len() == RATE_ROUNDS {
+            self.rates.pop_front();
+        }
+        self.rates.push_back(rate);
+        match &mut self.startup {
+            Some((best, _)) if rate > *best * 1.25 => self.startup = Some((rate, 0)),
+            Some(_) if app_limited => {}
+            Some((_, rounds)) if *rounds < 2 => *rounds += 1,
+            Some(_) => self.startup = None,
+            None => self.cycle = (self.cycle + 1) % CYCLE.len(),
+        }
+        self.update_window();
+    }
+
+    fn update_window(&mut self) {
+        let Some((min_rtt, _)) = self.min_rtt else { return };
+        let gain = if self.startup.is_some() { STARTUP_GAIN } else { CYCLE[self.cycle] };
+        let allowance = self.jitter.min(MAX_JITTER);
+        let target = self.max_rate() * (gain * min_rtt.as_secs_f64() + allowance.as_secs_f64());
+        let floor = if min_rtt < NEAR { NEAR_FLOOR } else { FAR_FLOOR };
+        // Startup has not found the rate yet: it may not bind before it has.
+        let floor = if self.startup.is_some() { floor.max(INITIAL) } else { floor };
+        self.window = (target as u64).max(floor);
+    }
+}
+
+impl Controller for Bandwidth {
+    fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
+        let generation = self.generation.load();
+        if generation != self.seen {
+            self.restart(now);
+        }
+        if sent < self.since {
+            return;
+        }
+        let sample = now.saturating_duration_since(sent);
+        let smallest = match self.min_rtt {
+            Some((least, at)) if sample > least && now.saturating_duration_since(at) < MIN_RTT_LIFE => least,
+            _ => {
+                self.min_rtt = Some((sample, now));
+                sample
+            }
+        };
+        // Only round trips that our own queue does not explain count as jitter: when little is in flight. The
+        // estimator's value, not the sample: a lone packet is acknowledged up to 25 ms late (RFC 9000 §18.2).
+        if app_limited {
+            self.jitter = (self.jitter * 15 + rtt.get().saturating_sub(smallest).min(MAX_JITTER)) / 16;
+        }
+        self.round.acked += bytes;
+        self.round.app_limited |= app_limited;
+        self.end_round(now, rtt.get());
+    }
+
+    fn on_congestion_event(
+        &mut self,
+        now: Instant,
+        sent: Instant,
+        is_persistent_congestion: bool,
+        _lost: u64,
+    ) {
+        // Everything sent for a long time is lost: whatever path this is, it is not the one that was measured.
+        if is_persistent_congestion && sent >= self.since {
+            self.restart(now);
+        }
+    }
+
+    fn on_mtu_update(&mut self, _new_mtu: u16) {}
+
+    fn window(&self) -> u64 {
+        self.window
+    }
+
+    fn clone_box(&self) -> Box<dyn Controller> {
+        Box::new(self.clone())
+    }
+
+    fn initial_window(&self) -> u64 {
+        INITIAL
+    }
+
+    fn into_any(self: Box<Self>) -> Box<dyn Any> {
+        self
+    }
+}
