@@ -54,9 +54,9 @@ start_node() {
 # load IMAGE.tar: done when the kubelet can see the image, not only when containerd has it.
 load() {
     [ -r "${1:-}" ] || fail 2 "cannot read the image \"${1:-}\"" "" "scripts/cluster load IMAGE.tar"
-    local name i
-    ctr images import "$1" >"$run/import" || fail 1 "cannot import $1" "containerd refused it" "scripts/cluster logs containerd"
-    sed -nE 's/^unpacking ([^ ]+) .*/\1/p' "$run/import" | while read -r name; do
+    local name i imported
+    imported=$(ctr images import "$1") || fail 1 "cannot import $1" "containerd refused it" "scripts/cluster logs containerd"
+    sed -nE 's/^unpacking ([^ ]+) .*/\1/p' <<<"$imported" | while read -r name; do
         for ((i = 0; i < 100; i++)); do
             ctr images ls "name==$name" | grep -q io.cri-containerd.image=managed && break
             sleep 0.1
