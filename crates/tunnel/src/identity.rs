@@ -9,9 +9,11 @@ use x509_parser::extensions::{GeneralName, ParsedExtension};
 
 mod authority;
 mod credentials;
+mod requested;
 
 pub use authority::{Authority, Chain, KeyPair, Request};
 pub use credentials::{ClientAuth, Credentials, joining_client_config};
+pub use requested::requested;
 
 /// Scheme and authority marker of every identity's URI.
 const SCHEME: &str = "forkd://";
