@@ -2,3 +2,5 @@
 
 pub mod http1;
 pub mod key;
+
+pub mod flow;
