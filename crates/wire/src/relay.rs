@@ -59,6 +59,10 @@ pub struct ToRelay {
     /// Who may send packets to the sender. A laptop leaves it empty: agents answer, they do not call first.
     #[prost(message, optional, tag = "1")]
     pub register: Option<Register>,
+    /// Number of the sender's address or pipe, chosen by the sender, growing with each new one. The relay echoes it
+    /// once packets from there are forwarded.
+    #[prost(uint64, tag = "2")]
+    pub leg: u64,
 }
 
 /// Who may reach an agent; each message replaces the one before.
@@ -72,12 +76,31 @@ pub struct Register {
     pub any_laptop: bool,
 }
 
-/// From the relay to a laptop.
+/// From the relay: to each [`ToRelay`] one, and one per change.
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct FromRelay {
-    /// All agents that this laptop may reach at the moment.
+    /// To a laptop: all agents that it may reach at the moment.
     #[prost(message, repeated, tag = "1")]
     pub agents: Vec<Agent>,
+    /// The newest [`ToRelay::leg`] that is in effect.
+    #[prost(uint64, tag = "2")]
+    pub leg: u64,
+    /// To an agent: those laptops that may reach it and are there. How an agent learns that a laptop is gone long
+    /// before QUIC would.
+    #[prost(message, repeated, tag = "3")]
+    pub laptops: Vec<Laptop>,
+}
+
+/// A laptop that is there.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct Laptop {
+    /// Its id.
+    #[prost(string, tag = "1")]
+    pub id: String,
+    /// The relay's number of the address or pipe that its packets come from. A new number tells the agent to send
+    /// again at once what was lost meanwhile.
+    #[prost(uint64, tag = "2")]
+    pub leg: u64,
 }
 
 /// An agent that is there.
