@@ -19,6 +19,9 @@ pub use requested::requested;
 const SCHEME: &str = "forkd://";
 /// Domain of the DNS names in certificates. `.internal` is reserved for private use and never in the public DNS.
 const DOMAIN: &str = "forkd.internal";
+/// DNS name that every relay's certificate has besides its own: agents know relays by address only, and any relay of
+/// the cluster will do.
+pub const ANY_RELAY: &str = "relay.forkd.internal";
 /// What tells the id of an environment agent from that of the pod's first agent.
 const ENV_SUFFIX: &str = ".env";
 

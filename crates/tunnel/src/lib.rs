@@ -13,5 +13,8 @@
 
 pub mod congestion;
 pub mod copy;
+pub mod endpoint;
 pub mod identity;
+pub mod path;
+pub mod relay_client;
 pub mod stream;

@@ -11,7 +11,7 @@ use rcgen::{
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, CertificateSigningRequestDer};
 
-use super::{Identity, IdentityError};
+use super::{ANY_RELAY, Identity, IdentityError};
 
 /// Life of a new authority. It outlives clusters; its key never leaves the Secret and the controller.
 const AUTHORITY_LIFETIME: Duration = Duration::from_secs(10 * 365 * 86_400);
@@ -249,10 +249,14 @@ impl Parsed {
 
 /// The URI says who it is; the DNS name is what TLS checks.
 fn subject_names(identity: &Identity) -> Result<Vec<SanType>, rcgen::Error> {
-    Ok(vec![
+    let mut names = vec![
         SanType::URI(identity.uri().as_str().try_into()?),
         SanType::DnsName(identity.dns_name().as_str().try_into()?),
-    ])
+    ];
+    if let Identity::Relay { .. } = identity {
+        names.push(SanType::DnsName(ANY_RELAY.try_into()?));
+    }
+    Ok(names)
 }
 
 /// For people who look at certificates; nothing reads it.

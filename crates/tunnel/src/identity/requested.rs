@@ -37,6 +37,9 @@ mod tests {
         let request = KeyPair::generate().unwrap().request(&wish).unwrap();
         assert_eq!(requested(request.pem.as_bytes()).unwrap(), wish);
         assert!(requested(b"").is_err());
-        assert!(requested(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n").is_err());
+        assert!(
+            requested(b"-----BEGIN CERTIFICATE REQUEST-----\nAAAA\n-----END CERTIFICATE REQUEST-----\n")
+                .is_err()
+        );
     }
 }

@@ -1,0 +1,241 @@
+//! The control connection that a laptop or an agent keeps with a relay. It proves who is behind a leg, and tells who
+//! else is there.
+
+use std::collections::BTreeMap;
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use forkd_wire::ALPN_RELAY;
+use forkd_wire::peer::PeerId;
+use forkd_wire::relay::{FromRelay, Register, ToRelay};
+use quinn::{Connection, TransportConfig};
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use crate::congestion::Generation;
+use crate::endpoint::{Common, EndpointError, Present, base_transport};
+use crate::identity::{ANY_RELAY, Identity, IdentityError, peer_identity};
+use crate::stream::{MessageError, MessageReader, write_message};
+
+/// Either side that hears nothing for this long gives the connection up: four missed keep-alives.
+pub(crate) const CONTROL_IDLE: Duration = Duration::from_secs(20);
+const CONTROL_KEEP_ALIVE: Duration = Duration::from_secs(5);
+/// How long a handshake with a relay may take.
+const HANDSHAKE: Duration = Duration::from_secs(10);
+/// Waits between attempts.
+const BACKOFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=Duration::from_secs(5);
+
+/// A laptop's control connection with one relay. Dropping it ends it.
+#[derive(Debug)]
+pub struct RelayClient {
+    agents: watch::Receiver<Vec<Identity>>,
+    task: JoinHandle<()>,
+}
+
+impl RelayClient {
+    pub(crate) fn start(common: Common, relay: Identity) -> Result<Self, EndpointError> {
+        let (sender, agents) = watch::channel(Vec::new());
+        let client = Client::new(common, relay.peer_id(), Some(relay), Told::Laptop(sender))?;
+        let register = watch::Sender::new(Register::default());
+        let task = tokio::spawn(async move {
+            let register = register;
+            client.run(register.subscribe()).await;
+        });
+        Ok(Self { agents, task })
+    }
+
+    /// The agents that may be called through this relay, as it last said.
+    pub fn agents(&self) -> watch::Receiver<Vec<Identity>> {
+        self.agents.clone()
+    }
+}
+
+impl Drop for RelayClient {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
+}
+
+/// The peer id under which an agent knows a relay: all it knows of it is an address. Stays on this side.
+pub(crate) fn peer_at(addr: SocketAddr) -> PeerId {
+    PeerId::of_uri(&format!("forkd://relay-at/{addr}"))
+}
+
+/// An agent's control connection with the relay at an address.
+pub(crate) fn start_at(
+    common: Common,
+    addr: SocketAddr,
+    register: watch::Receiver<Register>,
+    present: Arc<Present>,
+) -> Result<JoinHandle<()>, EndpointError> {
+    let relay = peer_at(addr);
+    common.socket.attach_udp(relay, addr);
+    let client = Client::new(common, relay, None, Told::Agent(present))?;
+    Ok(tokio::spawn(client.run(register)))
+}
+
+/// Who is told what the relay says.
+enum Told {
+    Laptop(watch::Sender<Vec<Identity>>),
+    Agent(Arc<Present>),
+}
+
+struct Client {
+    common: Common,
+    config: quinn::ClientConfig,
+    relay: PeerId,
+    expected: Option<Identity>,
+    told: Told,
+}
+
+/// Why a control connection ended.
+#[derive(Debug, thiserror::Error)]
+enum Ended {
+    #[error(transparent)]
+    Endpoint(#[from] EndpointError),
+    #[error("no answer within {} s", HANDSHAKE.as_secs())]
+    TimedOut,
+    #[error("the relay speaks no protocol of ours: {0}")]
+    Message(#[from] MessageError),
+    #[error("cannot tell the relay: {0}")]
+    Write(#[from] std::io::Error),
+    #[error("the relay ended its stream")]
+    Finished,
+}
+
+impl Client {
+    fn new(
+        common: Common,
+        relay: PeerId,
+        expected: Option<Identity>,
+        told: Told,
+    ) -> Result<Self, EndpointError> {
+        let mut config = common.credentials.quic_client_config(ALPN_RELAY)?;
+        config.transport_config(control_transport(common.socket.generation()));
+        Ok(Self { common, config, relay, expected, told })
+    }
+
+    async fn run(self, mut register: watch::Receiver<Register>) {
+        let mut backoff = *BACKOFF.start();
+        let mut changes = self.common.socket.changes();
+        loop {
+            while self.common.socket.leg_number(self.relay).is_none() {
+                // The sender lives in the socket, which we hold.
+                if changes.changed().await.is_err() {
+                    return;
+                }
+            }
+            let ended = match self.connect().await {
+                Ok(connection) => {
+                    backoff = *BACKOFF.start();
+                    let ended = self.talk(&connection, &mut register).await;
+                    connection.close(0u32.into(), b"");
+                    ended
+                }
+                Err(ended) => ended,
+            };
+            tracing::info!(error = %ended, "lost the relay");
+            if let Told::Agent(present) = &self.told {
+                present.update(self.relay, BTreeMap::new());
+            }
+            tokio::time::sleep(backoff).await;
+            backoff = (backoff * 2).min(*BACKOFF.end());
+        }
+    }
+
+    async fn connect(&self) -> Result<Connection, Ended> {
+        let connecting = self
+            .common
+            .endpoint
+            .connect_with(self.config.clone(), self.relay.synthetic_addr(), ANY_RELAY)
+            .map_err(EndpointError::from)?;
+        let connection = tokio::time::timeout(HANDSHAKE, connecting)
+            .await
+            .map_err(|_| Ended::TimedOut)?
+            .map_err(EndpointError::from)?;
+        match (peer_identity(&connection).map_err(EndpointError::from)?, &self.expected) {
+            (found, Some(expected)) => expected.expect(&found).map_err(EndpointError::from)?,
+            (Identity::Relay { .. }, None) => {}
+            (found, None) => {
+                let error = IdentityError::WrongPeer { expected: "a relay".to_owned(), found: found.uri() };
+                return Err(EndpointError::from(error).into());
+            }
+        }
+        Ok(connection)
+    }
+
+    /// Tells the relay what changes, and hears what it says, until either fails.
+    async fn talk(&self, connection: &Connection, register: &mut watch::Receiver<Register>) -> Ended {
+        match self.try_talk(connection, register).await {
+            Ok(never) => match never {},
+            Err(ended) => ended,
+        }
+    }
+
+    async fn try_talk(
+        &self,
+        connection: &Connection,
+        register: &mut watch::Receiver<Register>,
+    ) -> Result<std::convert::Infallible, Ended> {
+        let (mut send, recv) = connection.open_bi().await.map_err(EndpointError::from)?;
+        let mut reader = MessageReader::<FromRelay, _>::new(recv);
+        let mut changes = self.common.socket.changes();
+        let (mut told_leg, mut told_register) = (None, false);
+        loop {
+            let leg = self.common.socket.leg_number(self.relay);
+            if leg.is_some() && (leg != told_leg || !told_register) {
+                (told_leg, told_register) = (leg, true);
+                let register = Some(register.borrow_and_update().clone());
+                write_message(&mut send, &ToRelay { register, leg: leg.unwrap_or_default() }).await?;
+            }
+            tokio::select! {
+                changed = changes.changed() => if changed.is_err() { return Err(Ended::Finished) },
+                changed = register.changed() => match changed {
+                    Ok(()) => told_register = false,
+                    Err(_) => return Err(Ended::Finished),
+                },
+                message = reader.next() => {
+                    let message = message?.ok_or(Ended::Finished)?;
+                    self.heard(message);
+                }
+            }
+        }
+    }
+
+    fn heard(&self, message: FromRelay) {
+        if self.common.socket.confirm(self.relay, message.leg) {
+            tracing::info!("packets pass the relay");
+            self.common.nudge();
+        }
+        match &self.told {
+            Told::Laptop(agents) => {
+                // Agents of a later version may have identities that this one cannot read.
+                let known: Vec<Identity> =
+                    message.agents.iter().filter_map(|agent| Identity::parse(&agent.uri).ok()).collect();
+                agents.send_if_modified(|agents| {
+                    let news = *agents != known;
+                    *agents = known;
+                    news
+                });
+            }
+            Told::Agent(present) => {
+                let laptops = message.laptops.into_iter().map(|laptop| (laptop.id, laptop.leg)).collect();
+                if present.update(self.relay, laptops) {
+                    self.common.nudge();
+                }
+            }
+        }
+    }
+}
+
+/// For control connections, on both sides.
+pub(crate) fn control_transport(generation: &Generation) -> Arc<TransportConfig> {
+    let mut config = base_transport(generation);
+    // Fits: seconds in milliseconds are far below 2^62.
+    config.max_idle_timeout(CONTROL_IDLE.try_into().ok());
+    config.keep_alive_interval(Some(CONTROL_KEEP_ALIVE));
+    config.max_concurrent_bidi_streams(1u32.into());
+    config.max_concurrent_uni_streams(0u32.into());
+    Arc::new(config)
+}
