@@ -1,0 +1,5 @@
+//! forkd in the cluster: agent, gateway, relay and controller.
+
+mod netlink;
+pub mod nft;
+pub mod proxy;
