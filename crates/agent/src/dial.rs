@@ -21,11 +21,20 @@ pub fn address(dial: &Dial) -> Option<SocketAddr> {
 pub fn is_local(ip: IpAddr) -> bool {
     match ip {
         IpAddr::V4(ip) => {
-            ip.is_loopback() || ip.is_unspecified() || ip.is_link_local() || ip.is_multicast() || ip == Ipv4Addr::BROADCAST
+            ip.is_loopback()
+                || ip.is_unspecified()
+                || ip.is_link_local()
+                || ip.is_multicast()
+                || ip == Ipv4Addr::BROADCAST
         }
         IpAddr::V6(ip) => match ip.to_ipv4_mapped() {
             Some(v4) => is_local(IpAddr::V4(v4)),
-            None => ip == Ipv6Addr::LOCALHOST || ip.is_unspecified() || ip.is_unicast_link_local() || ip.is_multicast(),
+            None => {
+                ip == Ipv6Addr::LOCALHOST
+                    || ip.is_unspecified()
+                    || ip.is_unicast_link_local()
+                    || ip.is_multicast()
+            }
         },
     }
 }
@@ -74,7 +83,9 @@ mod tests {
 
     #[test]
     fn the_agents_own_addresses_are_not_for_laptops() {
-        for ip in ["127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fe80::1", "224.0.0.1"] {
+        for ip in
+            ["127.0.0.1", "0.0.0.0", "169.254.169.254", "::1", "::ffff:127.0.0.1", "fe80::1", "224.0.0.1"]
+        {
             assert!(is_local(ip.parse().unwrap()), "{ip}");
         }
         assert!(!is_local("10.244.0.7".parse().unwrap()));

@@ -44,10 +44,17 @@ impl Resolver {
             let mut words = line.split_whitespace();
             match words.next() {
                 Some("nameserver") => {
-                    resolver.servers.extend(words.next().and_then(|ip| ip.parse::<IpAddr>().ok()).map(|ip| SocketAddr::new(ip, 53)));
+                    resolver.servers.extend(
+                        words
+                            .next()
+                            .and_then(|ip| ip.parse::<IpAddr>().ok())
+                            .map(|ip| SocketAddr::new(ip, 53)),
+                    );
                 }
                 Some("search") => {
-                    resolver.domain = words.find_map(|domain| domain.strip_prefix("svc.").map(|d| d.trim_end_matches('.').to_owned()));
+                    resolver.domain = words.find_map(|domain| {
+                        domain.strip_prefix("svc.").map(|d| d.trim_end_matches('.').to_owned())
+                    });
                 }
                 _ => {}
             }
@@ -100,7 +107,8 @@ async fn ask_udp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
 }
 
 async fn ask_tcp(server: SocketAddr, query: &[u8]) -> io::Result<Vec<u8>> {
-    let len = u16::try_from(query.len()).map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "query too long"))?;
+    let len = u16::try_from(query.len())
+        .map_err(|_| io::Error::new(io::ErrorKind::InvalidInput, "query too long"))?;
     let mut stream = TcpStream::connect(server).await?;
     stream.write_all(&[&len.to_be_bytes()[..], query].concat()).await?;
     let mut answer = vec![0; usize::from(stream.read_u16().await?)];
