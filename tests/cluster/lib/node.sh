@@ -97,5 +97,6 @@ tear_down() {
         fail 1 "$state is not this script's" "it lacks the file .forkd-cluster" "set FORKD_STATE to another directory"
     fi
     rm -rf --one-file-system "$state" "$run"
-    rmdir /run/netns /run/containerd /var/lib/kubelet /var/lib/cni /var/log/pods /var/log/containers 2>/dev/null || true
+    # The empty /run/containerd and its like stay: removing a directory unmounts what other namespaces mount on it, such as
+    # the node of a second cluster.
 }
