@@ -16,5 +16,6 @@ pub mod copy;
 pub mod endpoint;
 pub mod identity;
 pub mod path;
+pub mod relay;
 pub mod relay_client;
 pub mod stream;
