@@ -2,6 +2,10 @@
 //! moment that daemon's end of the socket closes.
 
 mod client;
+mod guard;
+mod journal;
 pub mod protocol;
+mod worker;
 
 pub use client::{HelperClient, HelperError, spawn_helper};
+pub use guard::main;
