@@ -29,8 +29,11 @@ const CONNECT: Duration = Duration::from_secs(5);
 const PAUSE: Duration = Duration::from_millis(500);
 /// Status is repeated, so that a controller that missed one catches up.
 const STATUS_EVERY: Duration = Duration::from_secs(60);
-/// A controller that has been away for this long is gone for good: the agent gives the ports back.
+/// A controller that has been away for this long is gone for good, and an agent in somebody's pod gives the ports back.
 pub const LOST: Duration = Duration::from_secs(600);
+/// How long a party waits for its first certificate. A join token is good for a minute; a first install, where relay
+/// and gateway may start before the controller, takes less than this.
+const JOIN: Duration = Duration::from_secs(120);
 /// Questions that wait for an answer; more are answered with "unavailable".
 const QUESTIONS: usize = 256;
 /// Answers that are kept. At about 100 bytes each, 100 KiB.
@@ -52,6 +55,8 @@ pub struct Config {
     pub authority: CertificateDer<'static>,
     /// For the first connection.
     pub proof: Proof,
+    /// After how long without a controller the party is [`State::Lost`], if its certificate does not end before.
+    pub lost_after: Duration,
 }
 
 /// The joined party.
@@ -75,7 +80,7 @@ pub enum State {
     Joined,
     /// Told to stop for good.
     Retired,
-    /// Not heard of for [`LOST`], or refused for good.
+    /// Not heard of for too long: [`Config::lost_after`].
     Lost,
 }
 
@@ -93,15 +98,14 @@ struct Connection {
 }
 
 impl Link {
-    /// Joins: connects, proves who this pod is, gets a certificate. Tries again while the controller is away; a join
-    /// token is only good for a minute, so an agent gives up after that.
+    /// Joins: connects, proves who this pod is, gets a certificate. Tries again while the controller is away.
     ///
     /// # Errors
-    /// The controller refused, or was not there for a minute.
+    /// The controller refused, or was not there for two minutes.
     pub async fn join(config: Config) -> anyhow::Result<Self> {
         let key = KeyPair::generate()?;
         let tls = TlsConnector::from(joining_client_config(&config.authority, ALPN_CONTROL)?);
-        let (credentials, connection) = timeout(LOST, async {
+        let (credentials, connection) = timeout(JOIN, async {
             loop {
                 match first(&config, &tls, &key).await {
                     Ok(joined) => return Ok(joined),
@@ -280,7 +284,7 @@ impl Task {
                 }
             }
             sleep(PAUSE).await;
-            if last_seen.elapsed() > LOST || self.credentials.expires_at() < SystemTime::now() {
+            if last_seen.elapsed() > self.config.lost_after || self.credentials.expires_at() < SystemTime::now() {
                 tracing::warn!("the controller is gone for good");
                 let _ = self.state.send(State::Lost);
                 return;
