@@ -3,6 +3,7 @@
 //! One JSON message a packet over a SOCK_SEQPACKET pair, one reply to each, in order. The TUN's file descriptor comes
 //! with [`Reply::Tun`] (SCM_RIGHTS). When the daemon's end closes, everything is undone.
 
+use std::fmt;
 use std::net::{IpAddr, SocketAddr};
 
 use ipnet::IpNet;
@@ -90,6 +91,15 @@ pub enum DnsMode {
     Resolved,
     /// /etc/resolv.conf names us first: every question comes to us.
     ResolvConf,
+}
+
+impl fmt::Display for DnsMode {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Resolved => "systemd-resolved",
+            Self::ResolvConf => "/etc/resolv.conf",
+        })
+    }
 }
 
 /// Why something was not done, in the three parts that a user sees.
