@@ -32,7 +32,7 @@ pub async fn obtain(
     user: &str,
     progress: &Progress,
 ) -> Result<Credentials, Failure> {
-    progress.step("getting a certificate for this laptop").await;
+    progress.step("getting a certificate for this laptop");
     let (chain, key) = request(client, laptop, user).await?;
     Credentials::new(chain, &key)
         .map_err(|error| Failure::new("cannot use the certificate that the cluster gave").caused_by(&error))
@@ -51,7 +51,7 @@ pub async fn keep(client: Client, laptop: String, user: String, credentials: Cre
         match renewed {
             Ok(()) => tracing::info!("certificate renewed"),
             Err(failure) => {
-                tracing::warn!(%failure, because = failure.because.join(": "), "certificate not renewed");
+                tracing::warn!(failure = failure.one_line(), "certificate not renewed");
                 tokio::time::sleep(RENEWAL_PAUSE).await;
             }
         }
@@ -85,7 +85,7 @@ async fn request(client: &Client, laptop: &str, user: &str) -> Result<(Chain, Ke
     };
     let cannot = "cannot get a certificate for this laptop";
     api.create(&PostParams::default(), &object).await.map_err(|error| kubernetes::failure(cannot, &error))?;
-    let signed = kubernetes::wait_for(&api, &name, Instant::now() + SIGNING, async |request| match request {
+    let signed = kubernetes::wait_for(&api, &name, Instant::now() + SIGNING, |request| match request {
         Watched::Object(request) => decision(request),
         Watched::Deleted => Some(Err("the request was deleted before it was signed".to_owned())),
     })

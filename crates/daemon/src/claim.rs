@@ -188,7 +188,7 @@ impl Claimant {
         let api = Api::<ForkTarget>::namespaced(self.client.clone(), namespace);
         let cannot = || Failure::new(format!("cannot intercept {service} in {namespace}"));
         let mut said = String::new();
-        let done = kubernetes::wait_for(&api, name, Instant::now() + READY, async |target| {
+        let done = kubernetes::wait_for(&api, name, Instant::now() + READY, |target| {
             let Watched::Object(target) = target else {
                 return Some(Err(cannot().because("someone deleted the ForkTarget")));
             };
@@ -206,7 +206,7 @@ impl Claimant {
                         _ => "waiting for the agent that reads the container's environment".to_owned(),
                     };
                     if message != said {
-                        progress.step(format!("{service}: {message}")).await;
+                        progress.step(format!("{service}: {message}"));
                         said = message;
                     }
                     None
@@ -282,7 +282,7 @@ impl Claimant {
             Ok(None) => return Ok(()),
             Err(error) => return Err(kubernetes::failure("cannot see whether it is gone", &error)),
         };
-        kubernetes::wait_for(api, name, Instant::now() + GONE, async |target| match target {
+        kubernetes::wait_for(api, name, Instant::now() + GONE, |target| match target {
             Watched::Object(target) if target.uid() == uid => None,
             _ => Some(()),
         })

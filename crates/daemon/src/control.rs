@@ -181,12 +181,12 @@ impl Progress {
         (Self(sender), receiver)
     }
 
-    /// Says what is being done.
-    pub async fn step(&self, message: impl Into<String>) {
+    /// Says what is being done. A terminal that is too slow to hear of this step hears of the next.
+    pub fn step(&self, message: impl Into<String>) {
         let message = message.into();
         tracing::debug!(%message, "step");
         // A listener that went away cancels the request by itself; there is nothing to do about it here.
-        let _ = self.0.send(Reply::Progress { message }).await;
+        let _ = self.0.try_send(Reply::Progress { message });
     }
 
     /// Says something to know.

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::helper::{HelperError, protocol};
+
 /// Exit codes of the command line: a contract with scripts.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(into = "u8", from = "u8")]
@@ -94,11 +96,32 @@ impl Failure {
         self
     }
 
+    /// Error and causes in one line, for logs and status.
+    pub fn one_line(&self) -> String {
+        std::iter::once(&self.error).chain(&self.because).map(String::as_str).collect::<Vec<_>>().join(": ")
+    }
+
     /// The same failure seen from further up: `error` becomes the headline, the former one the first cause.
     #[must_use]
     pub fn while_doing(mut self, error: impl Into<String>) -> Self {
         self.because.insert(0, std::mem::replace(&mut self.error, error.into()));
         self
+    }
+}
+
+impl From<HelperError> for Failure {
+    fn from(error: HelperError) -> Self {
+        match error {
+            HelperError::Failed(failure) => failure.into(),
+            other => Self::new("the privileged helper does not do its part").caused_by(&other),
+        }
+    }
+}
+
+impl From<protocol::Failure> for Failure {
+    fn from(failure: protocol::Failure) -> Self {
+        let advice = Some(failure.try_).filter(|advice| !advice.is_empty());
+        Self { error: failure.error, because: vec![failure.because], advice, exit: Exit::Failed }
     }
 }
 

@@ -246,7 +246,7 @@ pub async fn wait_for<T, A>(
     api: &Api<T>,
     name: &str,
     deadline: Instant,
-    mut answer: impl AsyncFnMut(Watched<&T>) -> Option<A>,
+    mut answer: impl FnMut(Watched<&T>) -> Option<A>,
 ) -> Result<A, WaitError>
 where
     T: Resource + Clone + std::fmt::Debug + DeserializeOwned,
@@ -256,13 +256,13 @@ where
         loop {
             let version = match api.get_opt(name).await {
                 Ok(Some(object)) => {
-                    if let Some(answer) = answer(Watched::Object(&object)).await {
+                    if let Some(answer) = answer(Watched::Object(&object)) {
                         return Ok(answer);
                     }
                     object.resource_version().unwrap_or_default()
                 }
                 Ok(None) => {
-                    if let Some(answer) = answer(Watched::Deleted).await {
+                    if let Some(answer) = answer(Watched::Deleted) {
                         return Ok(answer);
                     }
                     "0".to_owned()
@@ -284,9 +284,9 @@ where
             while let Ok(Some(event)) = events.try_next().await {
                 let answer = match &event {
                     WatchEvent::Added(object) | WatchEvent::Modified(object) => {
-                        answer(Watched::Object(object)).await
+                        answer(Watched::Object(object))
                     }
-                    WatchEvent::Deleted(_) => answer(Watched::Deleted).await,
+                    WatchEvent::Deleted(_) => answer(Watched::Deleted),
                     WatchEvent::Bookmark(_) => None,
                     WatchEvent::Error(_) => break,
                 };
