@@ -1,5 +1,6 @@
 //! forkd in the cluster: agent, gateway, relay and controller.
 
+pub mod controller;
 pub mod dial;
 pub mod dns;
 pub mod environment;
@@ -10,4 +11,5 @@ pub mod nft;
 pub mod older;
 pub mod pod;
 pub mod proxy;
+pub mod relay;
 pub mod serve;

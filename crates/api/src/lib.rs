@@ -228,6 +228,8 @@ pub mod condition {
     pub const ROUTED: &str = "Routed";
     /// The laptop is connected to every agent.
     pub const LAPTOP_CONNECTED: &str = "LaptopConnected";
+    /// An agent reads the container's environment. Only where `environmentOf` asks for it.
+    pub const ENVIRONMENT: &str = "Environment";
 }
 
 /// The CRDs of this API, as `forkd install` applies them.
