@@ -18,7 +18,7 @@ use tokio::task::JoinHandle;
 use crate::congestion::{BandwidthConfig, Generation};
 use crate::identity::{Credentials, Identity, IdentityError, peer_identity};
 use crate::path::{MAX_PACKET, MAX_PAYLOAD, PathSocket, PipeHandle};
-use crate::relay_client::{self, RelayClient};
+use crate::relay_client::{self, AgentRelay, RelayClient};
 
 /// A laptop may sleep, and its connections wait. That a peer is gone is for relays and paths to say.
 const IDLE: Duration = Duration::from_secs(4 * 3600);
@@ -175,7 +175,7 @@ impl LaptopEndpoint {
 pub struct AgentEndpoint {
     common: Common,
     register: watch::Sender<Register>,
-    relays: Mutex<HashMap<SocketAddr, JoinHandle<()>>>,
+    relays: Mutex<HashMap<SocketAddr, AgentRelay>>,
     present: Arc<Present>,
     accepted: tokio::sync::Mutex<mpsc::Receiver<(Connection, Identity)>>,
     acceptor: JoinHandle<()>,
@@ -232,10 +232,9 @@ impl AgentEndpoint {
     /// [`EndpointError::Identity`] if TLS does not take the credentials.
     pub fn set_relays(&self, addrs: &[SocketAddr]) -> Result<(), EndpointError> {
         let mut relays = self.relays.lock().unwrap_or_else(PoisonError::into_inner);
-        relays.retain(|addr, task| {
+        relays.retain(|addr, _| {
             let keep = addrs.contains(addr);
             if !keep {
-                task.abort();
                 let relay = relay_client::peer_at(*addr);
                 self.common.socket.remove(relay);
                 self.present.update(relay, BTreeMap::new());
@@ -244,13 +243,13 @@ impl AgentEndpoint {
         });
         for addr in addrs {
             if !relays.contains_key(addr) {
-                let task = relay_client::start_at(
+                let relay = relay_client::start_at(
                     self.common.clone(),
                     *addr,
                     self.register.subscribe(),
                     self.present.clone(),
                 )?;
-                relays.insert(*addr, task);
+                relays.insert(*addr, relay);
             }
         }
         Ok(())
@@ -263,6 +262,13 @@ impl AgentEndpoint {
             *known = register;
             news
         });
+    }
+
+    /// Why the relay at this address cannot be talked to; empty while it can, and until the first attempt has ended.
+    /// `None` if it is not in the list.
+    pub fn relay_problem(&self, addr: SocketAddr) -> Option<watch::Receiver<String>> {
+        let relays = self.relays.lock().unwrap_or_else(PoisonError::into_inner);
+        relays.get(&addr).map(|relay| relay.problem.clone())
     }
 
     /// Ids of the laptops that may reach this agent and are there, as the relays see it. A laptop that is killed goes
@@ -290,7 +296,6 @@ impl AgentEndpoint {
 impl Drop for AgentEndpoint {
     fn drop(&mut self) {
         self.acceptor.abort();
-        self.relays.lock().unwrap_or_else(PoisonError::into_inner).values().for_each(JoinHandle::abort);
     }
 }
 

@@ -57,6 +57,8 @@ const ADDRESS_CHECK: Duration = Duration::from_secs(2);
 pub enum Dropped {
     /// Neither a QUIC packet nor a forwarded one.
     UnknownFrame,
+    /// Longer than any packet of ours.
+    TooLong,
     /// From an address or pipe that no live control connection vouches for.
     Unauthenticated,
     /// From an address that stands for pipes inside this process: forged.
@@ -75,8 +77,9 @@ pub enum Dropped {
 
 impl Dropped {
     /// All of them, in the order of the counters.
-    pub const ALL: [Self; 8] = [
+    pub const ALL: [Self; 9] = [
         Self::UnknownFrame,
+        Self::TooLong,
         Self::Unauthenticated,
         Self::ForgedSource,
         Self::UnknownPeer,
@@ -90,6 +93,7 @@ impl Dropped {
     pub fn as_str(self) -> &'static str {
         match self {
             Self::UnknownFrame => "unknown-frame",
+            Self::TooLong => "too-long",
             Self::Unauthenticated => "unauthenticated",
             Self::ForgedSource => "forged-source",
             Self::UnknownPeer => "unknown-peer",
@@ -292,6 +296,24 @@ fn leg_of(addr: SocketAddr) -> Leg {
     PeerId::from_synthetic(addr).map_or(Leg::Udp(addr), |id| Leg::Pipe(u64::from_be_bytes(id.0)))
 }
 
+/// What a party sent; nothing of it is answered with more than it has.
+enum Sorted<'a> {
+    Forward(PeerId),
+    Control(&'a [u8]),
+    Drop(Dropped),
+}
+
+fn sorted(datagram: &[u8]) -> Sorted<'_> {
+    if datagram.len() > usize::from(MAX_PAYLOAD) {
+        return Sorted::Drop(Dropped::TooLong);
+    }
+    match classify(datagram) {
+        Datagram::Forward(to, _) => Sorted::Forward(to),
+        Datagram::Quic(packet) => Sorted::Control(packet),
+        Datagram::Unknown => Sorted::Drop(Dropped::UnknownFrame),
+    }
+}
+
 async fn serve_udp(shared: Arc<Shared>) {
     let size = usize::from(MAX_PAYLOAD) * shared.udp.gro_segments();
     let mut memory = vec![0; size * BATCH_SIZE];
@@ -323,14 +345,14 @@ async fn sort(shared: &Shared, addr: SocketAddr, batch: &mut [u8], stride: usize
     // Where the current run begins, and whom it is for.
     let mut run: Option<(usize, PeerId)> = None;
     for at in (0..batch.len()).step_by(stride) {
-        let to = match classify(&batch[at..(at + stride).min(batch.len())]) {
-            Datagram::Forward(to, _) => Some(to),
-            Datagram::Quic(packet) => {
+        let to = match sorted(&batch[at..(at + stride).min(batch.len())]) {
+            Sorted::Forward(to) => Some(to),
+            Sorted::Control(packet) => {
                 shared.control(from, packet);
                 None
             }
-            Datagram::Unknown => {
-                shared.count(Dropped::UnknownFrame, 1);
+            Sorted::Drop(reason) => {
+                shared.count(reason, 1);
                 None
             }
         };
@@ -417,8 +439,8 @@ async fn read_pipe(
             return end;
         }
         for datagram in datagrams.drain(..) {
-            match classify(&datagram) {
-                Datagram::Forward(to, _) => {
+            match sorted(&datagram) {
+                Sorted::Forward(to) => {
                     if !run.takes(to, datagram.len())
                         && let Err(error) = run.send(shared, leg).await
                     {
@@ -426,8 +448,8 @@ async fn read_pipe(
                     }
                     run.add(to, &datagram);
                 }
-                Datagram::Quic(packet) => shared.control(leg, packet),
-                Datagram::Unknown => shared.count(Dropped::UnknownFrame, 1),
+                Sorted::Control(packet) => shared.control(leg, packet),
+                Sorted::Drop(reason) => shared.count(reason, 1),
             }
         }
         if let Err(error) = run.send(shared, leg).await {
@@ -605,3 +627,6 @@ async fn talk(shared: &Shared, connection: &Connection, identity: &Identity, num
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -30,6 +30,7 @@ const BACKOFF: std::ops::RangeInclusive<Duration> = Duration::from_millis(50)..=
 #[derive(Debug)]
 pub struct RelayClient {
     agents: watch::Receiver<Vec<Identity>>,
+    problem: watch::Receiver<String>,
     task: JoinHandle<()>,
 }
 
@@ -37,17 +38,23 @@ impl RelayClient {
     pub(crate) fn start(common: Common, relay: Identity) -> Result<Self, EndpointError> {
         let (sender, agents) = watch::channel(Vec::new());
         let client = Client::new(common, relay.peer_id(), Some(relay), Told::Laptop(sender))?;
+        let problem = client.problem.subscribe();
         let register = watch::Sender::new(Register::default());
         let task = tokio::spawn(async move {
             let register = register;
             client.run(register.subscribe()).await;
         });
-        Ok(Self { agents, task })
+        Ok(Self { agents, problem, task })
     }
 
     /// The agents that may be called through this relay, as it last said.
     pub fn agents(&self) -> watch::Receiver<Vec<Identity>> {
         self.agents.clone()
+    }
+
+    /// Why the relay cannot be talked to; empty while it can, and until the first attempt has ended.
+    pub fn problem(&self) -> watch::Receiver<String> {
+        self.problem.clone()
     }
 }
 
@@ -68,11 +75,25 @@ pub(crate) fn start_at(
     addr: SocketAddr,
     register: watch::Receiver<Register>,
     present: Arc<Present>,
-) -> Result<JoinHandle<()>, EndpointError> {
+) -> Result<AgentRelay, EndpointError> {
     let relay = peer_at(addr);
     common.socket.attach_udp(relay, addr);
     let client = Client::new(common, relay, None, Told::Agent(present))?;
-    Ok(tokio::spawn(client.run(register)))
+    let problem = client.problem.subscribe();
+    Ok(AgentRelay { problem, task: tokio::spawn(client.run(register)) })
+}
+
+/// An agent's control connection with one relay. Dropping it ends it.
+#[derive(Debug)]
+pub(crate) struct AgentRelay {
+    pub(crate) problem: watch::Receiver<String>,
+    task: JoinHandle<()>,
+}
+
+impl Drop for AgentRelay {
+    fn drop(&mut self) {
+        self.task.abort();
+    }
 }
 
 /// Who is told what the relay says.
@@ -87,6 +108,7 @@ struct Client {
     relay: PeerId,
     expected: Option<Identity>,
     told: Told,
+    problem: watch::Sender<String>,
 }
 
 /// Why a control connection ended.
@@ -113,7 +135,7 @@ impl Client {
     ) -> Result<Self, EndpointError> {
         let mut config = common.credentials.quic_client_config(ALPN_RELAY)?;
         config.transport_config(control_transport(common.socket.generation()));
-        Ok(Self { common, config, relay, expected, told })
+        Ok(Self { common, config, relay, expected, told, problem: watch::Sender::default() })
     }
 
     async fn run(self, mut register: watch::Receiver<Register>) {
@@ -136,6 +158,7 @@ impl Client {
                 Err(ended) => ended,
             };
             tracing::info!(error = %ended, "lost the relay");
+            self.problem.send_replace(ended.to_string());
             if let Told::Agent(present) = &self.told {
                 present.update(self.relay, BTreeMap::new());
             }
@@ -204,6 +227,7 @@ impl Client {
     }
 
     fn heard(&self, message: FromRelay) {
+        self.problem.send_if_modified(|problem| !std::mem::take(problem).is_empty());
         if self.common.socket.confirm(self.relay, message.leg) {
             tracing::info!("packets pass the relay");
             self.common.nudge();

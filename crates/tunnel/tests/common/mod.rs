@@ -181,3 +181,16 @@ pub async fn exchange(
     };
     tokio::join!(upload, download);
 }
+
+/// Waits for a condition that nothing announces, while `meanwhile` runs (and must not end).
+pub async fn until<F: Future>(mut condition: impl FnMut() -> bool, meanwhile: &mut std::pin::Pin<&mut F>) {
+    let wait = async {
+        while !condition() {
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::select! {
+        waited = tokio::time::timeout(PATIENCE, wait) => waited.expect("the condition in time"),
+        _ = meanwhile => panic!("it ended"),
+    }
+}
