@@ -138,8 +138,8 @@ pub struct Install {
     #[arg(long, value_enum, default_value_t = PullPolicy::IfNotPresent, value_name = "POLICY")]
     pub image_pull_policy: PullPolicy,
     /// How many relays
-    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=9))]
-    pub relays: u32,
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=9))]
+    pub relays: u16,
     /// Ask the API server, change nothing
     #[arg(long)]
     pub dry_run: bool,

@@ -7,6 +7,7 @@ mod launch;
 mod run;
 mod session;
 mod ui;
+mod version;
 
 use std::process::ExitCode;
 
@@ -60,7 +61,8 @@ async fn dispatch(cli: Cli, ui: &Ui) -> Result<u8, Failure> {
         Command::Leave(args) => intercept::leave(global, ui, args).await?,
         Command::List => intercept::list(global, ui).await?,
         Command::Completion { shell } => ui.print(&completion(shell))?,
-        Command::Install(_) | Command::Uninstall(_) | Command::Version => todo!(),
+        Command::Version => version::version(global, ui).await?,
+        Command::Install(_) | Command::Uninstall(_) => todo!(),
         Command::Daemon(_) | Command::Helper => {}
     }
     Ok(Exit::Done.into())

@@ -61,18 +61,18 @@ impl Link {
         let routes = netlink.routes().map_err(LinkError::from)?;
         let (v4, v6) = free_addresses(&taken, &routes).ok_or(LinkError::Exhausted("address for the TUN"))?;
         claim(&name)?;
-        let mut builder =
+        let builder =
             DeviceBuilder::new().name(&name).mtu(mtu).offload(true).ipv4(v4, 32, None).tx_queue_len(QUEUE);
-        let mut addresses = vec![IpAddr::V4(v4)];
-        if has_ipv6() {
-            builder = builder.ipv6(v6, 128);
-            addresses.push(IpAddr::V6(v6));
-        }
         let device = builder.build_sync().map_err(LinkError::from)?;
         if !device.tcp_gso() {
             return Err(LinkError::NoOffload.into());
         }
         let index = device.if_index().map_err(LinkError::from)?;
+        let mut addresses = vec![IpAddr::V4(v4)];
+        if has_ipv6() {
+            netlink.add_address(v6, index).map_err(LinkError::from)?;
+            addresses.push(IpAddr::V6(v6));
+        }
         Ok(Self {
             netlink: netlink.clone(),
             device: Some(device),

@@ -7,7 +7,7 @@ use std::rc::Rc;
 use forkd_core::ranges::HostRoute;
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use rtnetlink::packet_route::address::AddressAttribute;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressHeaderFlags};
 use rtnetlink::packet_route::link::LinkAttribute;
 use rtnetlink::packet_route::route::{RouteAddress, RouteAttribute, RouteMessage, RouteType};
 use rtnetlink::{Handle, RouteMessageBuilder};
@@ -122,6 +122,16 @@ impl Netlink {
             Some((link.header.index, name))
         });
         Ok(links.collect())
+    }
+
+    /// Gives an interface an address of its own, usable at once: nobody else is on a TUN who could have it too.
+    ///
+    /// # Errors
+    /// [`NetlinkError`].
+    pub fn add_address(&self, address: std::net::Ipv6Addr, interface: u32) -> Result<(), NetlinkError> {
+        let mut request = self.handle.address().add(interface, address.into(), 128);
+        request.message_mut().header.flags |= AddressHeaderFlags::Nodad;
+        Ok(self.block_on(request.execute())?)
     }
 
     /// Routes `range` to the interface; `source` is the address that packets without one get.
