@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 use std::io;
-use std::sync::{Arc, PoisonError};
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, PoisonError};
 
 use bytes::Bytes;
 use forkd_wire::control::Route;
@@ -79,7 +79,12 @@ impl<D: Deliver> Lanes<D> {
             laptops.retain(|(target, laptop, owner), _| {
                 table.still_holds(
                     self.connection.port(),
-                    &Route { target: target.clone(), laptop: laptop.clone(), owner: owner.clone(), ..Route::default() },
+                    &Route {
+                        target: target.clone(),
+                        laptop: laptop.clone(),
+                        owner: owner.clone(),
+                        ..Route::default()
+                    },
                 )
             });
             laptops.entry(key).or_default().clone()

@@ -98,9 +98,14 @@ fn read(headers: &HeaderMap) -> Head {
         headers.get(name).is_some_and(|value| value.as_bytes().starts_with(prefix))
     };
     Head {
-        carried: key::carried(headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes()))),
+        carried: key::carried(
+            headers.iter().map(|(name, value)| (name.as_str().as_bytes(), value.as_bytes())),
+        ),
         probe: begins(USER_AGENT, b"kube-probe/"),
-        says: Speech { grpc: begins(CONTENT_TYPE, b"application/grpc"), json: begins(ACCEPT, b"application/json") },
+        says: Speech {
+            grpc: begins(CONTENT_TYPE, b"application/grpc"),
+            json: begins(ACCEPT, b"application/json"),
+        },
     }
 }
 
@@ -166,7 +171,8 @@ fn fail(failure: &Failure, says: Speech, respond: &mut SendResponse<Bytes>) {
         Some(Bytes::from(body))
     };
     let sent = response.body(()).map_err(|error| error.to_string()).and_then(|response| {
-        let mut stream = respond.send_response(response, body.is_none()).map_err(|error| error.to_string())?;
+        let mut stream =
+            respond.send_response(response, body.is_none()).map_err(|error| error.to_string())?;
         // Small, and within any window: h2 keeps it until the caller's window opens.
         body.map_or(Ok(()), |body| stream.send_data(body, true)).map_err(|error| error.to_string())
     });
