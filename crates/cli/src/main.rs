@@ -2,6 +2,7 @@
 
 mod args;
 mod environment;
+mod install;
 mod intercept;
 mod launch;
 mod run;
@@ -62,7 +63,8 @@ async fn dispatch(cli: Cli, ui: &Ui) -> Result<u8, Failure> {
         Command::List => intercept::list(global, ui).await?,
         Command::Completion { shell } => ui.print(&completion(shell))?,
         Command::Version => version::version(global, ui).await?,
-        Command::Install(_) | Command::Uninstall(_) => todo!(),
+        Command::Install(args) => install::install(global, ui, &args).await?,
+        Command::Uninstall(args) => install::uninstall(global, ui, &args).await?,
         Command::Daemon(_) | Command::Helper => {}
     }
     Ok(Exit::Done.into())

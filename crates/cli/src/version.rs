@@ -70,7 +70,7 @@ async fn cluster(global: &Global) -> Result<Cluster, Failure> {
 }
 
 fn image_version(controller: &Deployment) -> Option<String> {
-    let image = controller.spec.as_ref()?.template.spec.as_ref()?.containers.first()?.image.as_deref()?;
+    let image = controller.spec.template.spec.as_ref()?.containers.first()?.image.as_deref()?;
     Some(tag(image).to_owned())
 }
 
