@@ -97,8 +97,17 @@ impl Access {
             return verdict(id, Verdict::Allowed, "", ttl);
         }
         let Question { user, subresource, namespace } = question;
-        let place = if namespace.is_empty() { "all namespaces (this is a node's address)".to_owned() } else { format!("namespace {namespace}") };
-        verdict(id, Verdict::Denied, &format!("{} may not create pods/{subresource} in {place}", user.name), ttl)
+        let place = if namespace.is_empty() {
+            "all namespaces (this is a node's address)".to_owned()
+        } else {
+            format!("namespace {namespace}")
+        };
+        verdict(
+            id,
+            Verdict::Denied,
+            &format!("{} may not create pods/{subresource} in {place}", user.name),
+            ttl,
+        )
     }
 
     fn keep(&self, question: Question, allowed: bool) {

@@ -50,9 +50,16 @@ pub async fn load_or_create(client: &Client) -> anyhow::Result<Ca> {
         },
     };
     let data = secret.data.unwrap_or_default();
-    let field = |name: &str| data.get(name).map(|value| value.0.as_slice()).with_context(|| format!("Secret forkd-ca has no {name}"));
-    let text = |name: &str| std::str::from_utf8(field(name)?).with_context(|| format!("{name} of Secret forkd-ca is no text"));
-    let authority = Authority::load(text(CERTIFICATE)?, text(KEY)?).context("load the authority from Secret forkd-ca")?;
+    let field = |name: &str| {
+        data.get(name)
+            .map(|value| value.0.as_slice())
+            .with_context(|| format!("Secret forkd-ca has no {name}"))
+    };
+    let text = |name: &str| {
+        std::str::from_utf8(field(name)?).with_context(|| format!("{name} of Secret forkd-ca is no text"))
+    };
+    let authority =
+        Authority::load(text(CERTIFICATE)?, text(KEY)?).context("load the authority from Secret forkd-ca")?;
     let token_key = field(TOKEN_KEY)?;
     if token_key.len() < 32 {
         bail!("{TOKEN_KEY} of Secret forkd-ca is too short");

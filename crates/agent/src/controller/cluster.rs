@@ -76,8 +76,12 @@ fn service_cidrs(state: &State) -> Vec<String> {
 
 /// What nodes say, and a range around each pod that is in none of these: not every network plugin assigns by node.
 fn pod_cidrs(state: &State) -> Vec<String> {
-    let mut ranges: BTreeSet<Range> =
-        state.nodes.all().flat_map(|node| node.pod_cidrs.iter()).filter_map(|cidr| Range::parse(cidr)).collect();
+    let mut ranges: BTreeSet<Range> = state
+        .nodes
+        .all()
+        .flat_map(|node| node.pod_cidrs.iter())
+        .filter_map(|cidr| Range::parse(cidr))
+        .collect();
     let own = state.pods.all().filter(|pod| !pod.host_network && !pod.finished);
     for ip in own.flat_map(|pod| pod.ips.iter().copied()) {
         if !ranges.iter().any(|range| range.contains(ip)) {
@@ -161,7 +165,11 @@ mod tests {
         let world = World::new(Arc::default());
         service(&world, "kube-system", "kube-dns", "10.96.0.10");
         service(&world, "dns", "own", "10.96.7.7");
-        let resolv = |ip: &str| Resolv::parse(&format!("search forkd.svc.corp.example svc.corp.example corp.example\nnameserver {ip}\noptions ndots:5\n"));
+        let resolv = |ip: &str| {
+            Resolv::parse(&format!(
+                "search forkd.svc.corp.example svc.corp.example corp.example\nnameserver {ip}\noptions ndots:5\n"
+            ))
+        };
         let own = info(&world.read(), &resolv("10.96.7.7"));
         assert_eq!((own.dns_ip.as_str(), own.domain.as_str()), ("10.96.7.7", "corp.example"));
         assert_eq!(info(&world.read(), &resolv("169.254.20.10")).dns_ip, "10.96.0.10");
@@ -183,7 +191,11 @@ mod tests {
     #[test]
     fn a_pod_outside_of_its_nodes_range_adds_one() {
         let world = World::new(Arc::default());
-        world.set("", "node", Some(NodeView { pod_cidrs: vec!["10.244.0.0/24".to_owned()], ..NodeView::default() }));
+        world.set(
+            "",
+            "node",
+            Some(NodeView { pod_cidrs: vec!["10.244.0.0/24".to_owned()], ..NodeView::default() }),
+        );
         let pod = |name: &str, ip: &str, host_network| {
             let view = PodView { ips: vec![ip.parse().unwrap()], host_network, ..PodView::default() };
             world.set("a", name, Some(view));

@@ -57,7 +57,9 @@ impl Signer {
             match event {
                 Ok(Event::Apply(request) | Event::InitApply(request)) => self.settle(&api, &request).await,
                 Ok(Event::Init | Event::InitDone | Event::Delete(_)) => {}
-                Err(error) => tracing::warn!(kind = "CertificateSigningRequest", %error, "watch interrupted, trying again"),
+                Err(error) => {
+                    tracing::warn!(kind = "CertificateSigningRequest", %error, "watch interrupted, trying again")
+                }
             }
         }
     }
@@ -81,7 +83,11 @@ impl Signer {
         }
     }
 
-    async fn decide(&self, api: &Api<CertificateSigningRequest>, request: &CertificateSigningRequest) -> Result<(), kube::Error> {
+    async fn decide(
+        &self,
+        api: &Api<CertificateSigningRequest>,
+        request: &CertificateSigningRequest,
+    ) -> Result<(), kube::Error> {
         let name = request.name_any();
         let identity = match identify(request, |id| self.holder(id)) {
             Ok(identity) => identity,
@@ -106,7 +112,12 @@ impl Signer {
         Ok(())
     }
 
-    async fn deny(&self, api: &Api<CertificateSigningRequest>, name: &str, reason: &str) -> Result<(), kube::Error> {
+    async fn deny(
+        &self,
+        api: &Api<CertificateSigningRequest>,
+        name: &str,
+        reason: &str,
+    ) -> Result<(), kube::Error> {
         tracing::info!(name, reason, "denied a laptop's certificate request");
         let patch = condition("Denied", "SignerPolicy", reason);
         api.patch_approval(name, &PatchParams::default(), &Patch::Strategic(patch)).await?;
@@ -120,8 +131,7 @@ impl Signer {
         let name = request.name_any();
         let created = request.metadata.creation_timestamp.as_ref().map_or(Timestamp::now(), |time| time.0);
         let age = Duration::try_from(Timestamp::now().duration_since(created)).unwrap_or_default();
-        let preconditions =
-            Preconditions { uid: request.metadata.uid.clone(), ..Preconditions::default() };
+        let preconditions = Preconditions { uid: request.metadata.uid.clone(), ..Preconditions::default() };
         let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
         tokio::spawn(async move {
             tokio::time::sleep(KEEP.saturating_sub(age)).await;
@@ -188,7 +198,10 @@ fn lifetime(request: &CertificateSigningRequest) -> Duration {
 }
 
 /// What the certificate will say: the laptop id is the request's wish, user and groups are what the API server wrote.
-fn identify(request: &CertificateSigningRequest, holder: impl Fn(&str) -> Option<String>) -> Result<Identity, String> {
+fn identify(
+    request: &CertificateSigningRequest,
+    holder: impl Fn(&str) -> Option<String>,
+) -> Result<Identity, String> {
     let spec = &request.spec;
     let user = spec.username.clone().unwrap_or_default();
     if user.is_empty() || user == "system:anonymous" {
@@ -212,7 +225,9 @@ fn identify(request: &CertificateSigningRequest, holder: impl Fn(&str) -> Option
     let identity = Identity::Laptop { id, user, groups };
     let length = identity.uri().len();
     if length > MAX_URI {
-        return Err(format!("user and groups take {length} bytes, more than the {MAX_URI} that fit a certificate"));
+        return Err(format!(
+            "user and groups take {length} bytes, more than the {MAX_URI} that fit a certificate"
+        ));
     }
     Ok(identity)
 }
@@ -239,21 +254,35 @@ mod tests {
     }
 
     fn laptop(id: &str) -> Identity {
-        Identity::Laptop { id: id.to_owned(), user: "root".to_owned(), groups: vec!["system:masters".to_owned()] }
+        Identity::Laptop {
+            id: id.to_owned(),
+            user: "root".to_owned(),
+            groups: vec!["system:masters".to_owned()],
+        }
     }
 
     #[test]
     fn user_and_groups_are_what_the_api_server_says_not_what_is_asked_for() {
         let identity = identify(&request(&laptop("l1"), "alice", &["dev"]), |_| None).unwrap();
-        let expected = Identity::Laptop { id: "l1".to_owned(), user: "alice".to_owned(), groups: vec!["dev".to_owned()] };
+        let expected = Identity::Laptop {
+            id: "l1".to_owned(),
+            user: "alice".to_owned(),
+            groups: vec!["dev".to_owned()],
+        };
         assert_eq!(identity, expected);
     }
 
     #[test]
     fn nobody_gets_the_certificate_of_another_kind_or_of_another_users_laptop() {
-        assert!(identify(&request(&Identity::Controller, "alice", &[]), |_| None).unwrap_err().contains("not that of a laptop"));
+        assert!(
+            identify(&request(&Identity::Controller, "alice", &[]), |_| None)
+                .unwrap_err()
+                .contains("not that of a laptop")
+        );
         let held = |_: &str| Some("bob".to_owned());
-        assert!(identify(&request(&laptop("l1"), "alice", &[]), held).unwrap_err().contains("another user's"));
+        assert!(
+            identify(&request(&laptop("l1"), "alice", &[]), held).unwrap_err().contains("another user's")
+        );
         assert!(identify(&request(&laptop("l1"), "bob", &[]), held).is_ok());
         assert!(identify(&request(&laptop("l1"), "system:anonymous", &[]), |_| None).is_err());
         for id in ["L1", "a/b", "-a", "a.env", "é"] {

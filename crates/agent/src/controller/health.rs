@@ -47,7 +47,9 @@ async fn answer(mut stream: TcpStream, ready: &AtomicBool) -> std::io::Result<()
         _ => ("404 Not Found", "only /healthz and /readyz\n"),
     };
     let length = body.len();
-    let text = format!("HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}");
+    let text = format!(
+        "HTTP/1.1 {status}\r\nContent-Type: text/plain\r\nContent-Length: {length}\r\nConnection: close\r\n\r\n{body}"
+    );
     stream.write_all(text.as_bytes()).await?;
     stream.shutdown().await
 }

@@ -130,7 +130,7 @@ impl Hub {
         entry.connection = None;
         entry.lost_at = Some(now);
         let laptops = entry.status.as_ref().map(|status| status.laptops.clone()).unwrap_or_default();
-        laptops.into_iter().for_each(|laptop| drop(inner.last_seen.insert(laptop, now)));
+        inner.last_seen.extend(laptops.into_iter().map(|laptop| (laptop, now)));
         true
     }
 
@@ -144,7 +144,8 @@ impl Hub {
         }
         let old = entry.status.replace(status.clone());
         let left = old.iter().flat_map(|old| &old.laptops).filter(|laptop| !status.laptops.contains(laptop));
-        left.for_each(|laptop| drop(inner.last_seen.insert(laptop.clone(), now)));
+        let left: Vec<_> = left.map(|laptop| (laptop.clone(), now)).collect();
+        inner.last_seen.extend(left);
         old.as_ref() != Some(&status)
     }
 
@@ -232,7 +233,9 @@ impl Hub {
     /// Ids of all agents in pods of applications.
     pub fn pod_agents(&self) -> Vec<String> {
         let inner = self.lock();
-        let is_pod = |entry: &Entry| matches!(entry.identity, Identity::Agent { role: AgentRole::Pod | AgentRole::Env, .. });
+        let is_pod = |entry: &Entry| {
+            matches!(entry.identity, Identity::Agent { role: AgentRole::Pod | AgentRole::Env, .. })
+        };
         inner.entries.iter().filter(|(_, entry)| is_pod(entry)).map(|(id, _)| id.clone()).collect()
     }
 
@@ -240,14 +243,22 @@ impl Hub {
     pub fn next_linger_end(&self) -> Option<Instant> {
         let now = Instant::now();
         let inner = self.lock();
-        inner.entries.values().filter_map(|entry| entry.lost_at).map(|at| at + LINGER).filter(|end| *end > now).min()
+        inner
+            .entries
+            .values()
+            .filter_map(|entry| entry.lost_at)
+            .map(|at| at + LINGER)
+            .filter(|end| *end > now)
+            .min()
     }
 
     /// Laptops that are connected to some agent.
     pub fn laptops(&self) -> HashSet<String> {
         let (inner, now) = (self.lock(), Instant::now());
         let here = inner.entries.values().filter(|entry| entry.counts(now));
-        here.filter_map(|entry| entry.status.as_ref()).flat_map(|status| status.laptops.iter().cloned()).collect()
+        here.filter_map(|entry| entry.status.as_ref())
+            .flat_map(|status| status.laptops.iter().cloned())
+            .collect()
     }
 
     /// Since when a laptop that is connected nowhere is gone. One that was never seen counts from the start.

@@ -3,9 +3,7 @@
 use std::collections::BTreeSet;
 use std::time::Duration;
 
-use k8s_openapi::api::core::v1::{
-    Capabilities, EnvVar, EphemeralContainer, SeccompProfile, SecurityContext,
-};
+use k8s_openapi::api::core::v1::{Capabilities, EnvVar, EphemeralContainer, SeccompProfile, SecurityContext};
 use k8s_openapi::jiff::{SignedDuration, Timestamp};
 use serde_json::{Value, json};
 
@@ -37,9 +35,17 @@ pub enum Life {
 
 /// How it stands with the agents of one purpose in a pod. `pending`: containers that were asked for and that the
 /// watch has not shown yet.
-pub fn life(pod: &PodView, purpose: Purpose, pending: &BTreeSet<String>, image: &str, now: Timestamp) -> Life {
+pub fn life(
+    pod: &PodView,
+    purpose: Purpose,
+    pending: &BTreeSet<String>,
+    image: &str,
+    now: Timestamp,
+) -> Life {
     let agents: Vec<&AgentView> = pod.agents.iter().filter(|agent| agent.purpose == purpose).collect();
-    let unseen = |name: &String| Purpose::of_name(name) == Some(purpose) && !agents.iter().any(|agent| agent.name == *name);
+    let unseen = |name: &String| {
+        Purpose::of_name(name) == Some(purpose) && !agents.iter().any(|agent| agent.name == *name)
+    };
     if pending.iter().any(unseen) {
         return Life::Starting;
     }
@@ -58,7 +64,8 @@ pub fn life(pod: &PodView, purpose: Purpose, pending: &BTreeSet<String>, image: 
         // 0: it had nothing to do for a while, or was retired. Work has come back.
         AgentState::Ended { code: 0, .. } => Life::Missing(next),
         AgentState::Ended { code, at, message } => {
-            let failed = |agent: &&&AgentView| matches!(agent.state, AgentState::Ended { code, .. } if code != 0);
+            let failed =
+                |agent: &&&AgentView| matches!(agent.state, AgentState::Ended { code, .. } if code != 0);
             let failures = agents.iter().rev().take_while(failed).count();
             let wait = back_off(failures);
             let due = at.unwrap_or(now) + SignedDuration::try_from(wait).unwrap_or(SignedDuration::ZERO);
@@ -215,7 +222,11 @@ mod tests {
         let pending = BTreeSet::from([Purpose::Pod.container_name("uid", 0)]);
         assert_eq!(life(&pod(vec![]), Purpose::Pod, &pending, "image:1", now), Life::Starting);
         assert_eq!(life(&pod(vec![]), Purpose::Env, &pending, "image:1", now), Life::Missing(0));
-        assert_eq!(life(&pod(vec![ended(0, 0)]), Purpose::Pod, &pending, "image:1", now), Life::Missing(1), "seen by now");
+        assert_eq!(
+            life(&pod(vec![ended(0, 0)]), Purpose::Pod, &pending, "image:1", now),
+            Life::Missing(1),
+            "seen by now"
+        );
         assert_eq!(life_at(&pod(vec![AgentState::Starting]), 0), Life::Starting);
         assert_eq!(life_at(&pod(vec![ended(1, 0), AgentState::Running { since: now }]), 0), Life::Running);
     }
@@ -239,7 +250,10 @@ mod tests {
         let stuck = AgentState::Stuck { reason: "ErrImagePull".to_owned(), message: "not found".to_owned() };
         let pod = pod(vec![stuck]);
         assert_eq!(life_at(&pod, 0), Life::Stuck("ErrImagePull: not found".to_owned()));
-        assert_eq!(life(&pod, Purpose::Pod, &BTreeSet::new(), "image:2", Timestamp::UNIX_EPOCH), Life::Missing(1));
+        assert_eq!(
+            life(&pod, Purpose::Pod, &BTreeSet::new(), "image:2", Timestamp::UNIX_EPOCH),
+            Life::Missing(1)
+        );
     }
 
     fn settings() -> Settings {
@@ -291,8 +305,11 @@ mod tests {
         assert_eq!(user(&pod), json!({"runAsUser": 0}), "an image without a user is root's");
         pod.containers[0].uid = Some(1000);
         assert_eq!(user(&pod), json!({"runAsUser": 1000}), "the kubelet knows better");
-        pod.containers[0].security_context =
-            Some(SecurityContext { run_as_user: Some(7), privileged: Some(false), ..SecurityContext::default() });
+        pod.containers[0].security_context = Some(SecurityContext {
+            run_as_user: Some(7),
+            privileged: Some(false),
+            ..SecurityContext::default()
+        });
         assert_eq!(user(&pod), json!({"runAsUser": 7, "privileged": false}));
         pod.containers[0] = ContainerView { name: "app".to_owned(), ..ContainerView::default() };
         pod.non_root = true;

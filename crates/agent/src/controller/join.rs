@@ -86,16 +86,24 @@ impl Joins {
         };
         let review = Api::all(self.client.clone()).create(&PostParams::default(), &review).await?;
         let status = review.status.unwrap_or_default();
-        let for_us = status.audiences.as_deref().unwrap_or_default().iter().any(|audience| audience == AUDIENCE);
+        let for_us =
+            status.audiences.as_deref().unwrap_or_default().iter().any(|audience| audience == AUDIENCE);
         match status.user {
             Some(user) if status.authenticated == Some(true) && for_us => own_role(&user),
-            _ => Err(JoinError::ServiceAccount(status.error.unwrap_or_else(|| "not authenticated".to_owned()))),
+            _ => {
+                Err(JoinError::ServiceAccount(status.error.unwrap_or_else(|| "not authenticated".to_owned())))
+            }
         }
     }
 }
 
 /// The agent of a join token, if its pod is there, it is the caller, and its container has just started.
-fn agent(claims: &Claims, pod: Option<&PodView>, from: IpAddr, now: Timestamp) -> Result<Identity, JoinError> {
+fn agent(
+    claims: &Claims,
+    pod: Option<&PodView>,
+    from: IpAddr,
+    now: Timestamp,
+) -> Result<Identity, JoinError> {
     let pod = pod
         .filter(|pod| pod.uid == claims.pod_uid)
         .ok_or_else(|| JoinError::NoSuchPod(format!("{}/{}", claims.namespace, claims.pod)))?;
@@ -192,7 +200,10 @@ mod tests {
         let since = Timestamp::from_second(100).unwrap();
         let young = pod(Some(AgentState::Running { since }));
         assert!(join(Some(&young), "10.244.0.7", 160).is_ok());
-        assert!(join(Some(&young), "::ffff:10.244.0.7", 160).is_ok(), "the same address on a dual-stack socket");
+        assert!(
+            join(Some(&young), "::ffff:10.244.0.7", 160).is_ok(),
+            "the same address on a dual-stack socket"
+        );
         assert!(matches!(join(Some(&young), "10.244.0.7", 161), Err(JoinError::TooLate(_))));
         assert!(matches!(join(Some(&young), "10.244.0.8", 160), Err(JoinError::WrongAddress(_))));
         assert!(join(Some(&pod(None)), "10.244.0.7", 160).is_ok(), "the watch has not shown it yet");
@@ -219,7 +230,10 @@ mod tests {
             }),
             ..UserInfo::default()
         };
-        assert_eq!(own_role(&user("forkd:forkd-relay", true)).unwrap(), Identity::Relay { name: "pod-1".to_owned() });
+        assert_eq!(
+            own_role(&user("forkd:forkd-relay", true)).unwrap(),
+            Identity::Relay { name: "pod-1".to_owned() }
+        );
         assert!(matches!(
             own_role(&user("forkd:forkd-gateway", true)),
             Ok(Identity::Agent { role: AgentRole::Gateway, .. })

@@ -44,7 +44,8 @@ pub async fn acquire(client: &Client, me: &str) -> anyhow::Result<Leadership> {
         let taken = match found {
             None => api.create(&PostParams::default(), &mine(Lease::default(), me)).await,
             Some(lease) => {
-                let holder = lease.spec.as_ref().and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
+                let holder =
+                    lease.spec.as_ref().and_then(|spec| spec.holder_identity.clone()).unwrap_or_default();
                 let version = lease.metadata.resource_version.clone();
                 if observed.as_ref().is_none_or(|(seen, _)| *seen != version) {
                     observed = Some((version, Instant::now()));

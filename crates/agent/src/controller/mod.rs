@@ -118,7 +118,12 @@ pub async fn run(args: Args) -> anyhow::Result<()> {
 }
 
 /// Everything that only the leader does.
-async fn lead(args: &Args, client: Client, ready: &AtomicBool, tasks: &mut JoinSet<()>) -> anyhow::Result<()> {
+async fn lead(
+    args: &Args,
+    client: Client,
+    ready: &AtomicBool,
+    tasks: &mut JoinSet<()>,
+) -> anyhow::Result<()> {
     let ca = ca::load_or_create(&client).await?;
     ca::publish(&client, &ca.authority).await?;
     let queue = Arc::new(queue::Queue::default());
@@ -165,7 +170,9 @@ async fn lead(args: &Args, client: Client, ready: &AtomicBool, tasks: &mut JoinS
 fn own_credentials(authority: &Authority) -> anyhow::Result<(Credentials, KeyPair)> {
     let key = KeyPair::generate().context("generate the controller's key")?;
     let request = key.request(&Identity::Controller)?;
-    let chain = authority.sign(&request.der, &Identity::Controller, OWN_LIFETIME).context("sign the controller's certificate")?;
+    let chain = authority
+        .sign(&request.der, &Identity::Controller, OWN_LIFETIME)
+        .context("sign the controller's certificate")?;
     Ok((Credentials::new(chain, &key)?, key))
 }
 
@@ -176,7 +183,9 @@ async fn renew(authority: &Authority, credentials: &Credentials, key: &KeyPair) 
         // Not less: an authority at its end gives certificates without any life.
         tokio::time::sleep(wait.max(Duration::from_secs(60))).await;
         let request = key.request(&Identity::Controller)?;
-        let chain = authority.sign(&request.der, &Identity::Controller, OWN_LIFETIME).context("renew the controller's certificate")?;
+        let chain = authority
+            .sign(&request.der, &Identity::Controller, OWN_LIFETIME)
+            .context("renew the controller's certificate")?;
         credentials.replace(chain, key).context("renew the controller's certificate")?;
     }
 }

@@ -86,7 +86,8 @@ enum Claim {
 
 /// Decides. Total: whatever is in the objects, there is a plan.
 pub fn plan(input: &Input<'_>) -> Plan {
-    let mut targets: Vec<_> = input.targets.iter().filter(|target| target.metadata.deletion_timestamp.is_none()).collect();
+    let mut targets: Vec<_> =
+        input.targets.iter().filter(|target| target.metadata.deletion_timestamp.is_none()).collect();
     targets.sort_by_key(|target| (age(target), target.metadata.uid.clone()));
     let mut plan = Plan::default();
     let mut claims: HashMap<Claim, Arc<ForkTarget>> = HashMap::new();
@@ -119,7 +120,8 @@ fn resolve(input: &Input<'_>, target: &Arc<ForkTarget>) -> TargetPlan {
             planned.problem = Some(problem("NoSuchFork", format!("Fork {} is being deleted", spec.fork)));
         }
         Some(fork) if fork.spec.owner != spec.owner => {
-            let message = format!("Fork {} belongs to {}, this target to {}", spec.fork, fork.spec.owner, spec.owner);
+            let message =
+                format!("Fork {} belongs to {}, this target to {}", spec.fork, fork.spec.owner, spec.owner);
             planned.problem = Some(problem("NotYourFork", message));
         }
         Some(_) => {}
@@ -158,7 +160,8 @@ fn service_ports(service: &ServiceView, target: &ForkTarget) -> Result<Vec<Servi
         let mut found = service.ports.iter().filter(of_number).peekable();
         if found.peek().is_none() {
             let all: Vec<String> = service.ports.iter().map(|port| port.port.to_string()).collect();
-            let message = format!("Service {} has no port {} (it has {})", service.name, wanted.port, all.join(", "));
+            let message =
+                format!("Service {} has no port {} (it has {})", service.name, wanted.port, all.join(", "));
             return Err(problem("NoSuchPort", message));
         }
         match found.find(|port| port.protocol == "TCP") {
@@ -201,7 +204,8 @@ fn in_pod(pod: &Arc<PodView>, ports: &[ServicePortView]) -> PodPlan {
 fn pods_problem(target: &TargetPlan, service: &ServiceView) -> Option<Problem> {
     if let Some(on_host) = target.pods.iter().find(|planned| planned.pod.host_network) {
         // A redirect there would be one for the whole node.
-        let message = format!("pod {} uses the network of its node, where forkd redirects nothing", on_host.pod.name);
+        let message =
+            format!("pod {} uses the network of its node, where forkd redirects nothing", on_host.pod.name);
         return Some(problem("HostNetwork", message));
     }
     if target.pods.is_empty() {
@@ -225,7 +229,9 @@ fn take_claims(target: &TargetPlan, claims: &mut HashMap<Claim, Arc<ForkTarget>>
     let mut wanted = vec![Claim::Fork(spec.fork.clone(), spec.service.clone())];
     if all {
         let port = |port: &forkd_api::TargetPort| u16::try_from(port.port).ok();
-        wanted.extend(spec.ports.iter().filter_map(port).map(|port| Claim::Everything(spec.service.clone(), port)));
+        wanted.extend(
+            spec.ports.iter().filter_map(port).map(|port| Claim::Everything(spec.service.clone(), port)),
+        );
     }
     for planned in &target.pods {
         for port in &planned.ports {
@@ -254,7 +260,11 @@ fn take_claims(target: &TargetPlan, claims: &mut HashMap<Claim, Arc<ForkTarget>>
 fn describe(holder: &ForkTarget) -> String {
     let spec = &holder.spec;
     let host = if spec.laptop.host.is_empty() { &spec.laptop.id } else { &spec.laptop.host };
-    let since = holder.metadata.creation_timestamp.as_ref().map_or_else(String::new, |time| format!(" since {}", time.0));
+    let since = holder
+        .metadata
+        .creation_timestamp
+        .as_ref()
+        .map_or_else(String::new, |time| format!(" since {}", time.0));
     format!(
         "{} on laptop {host} (fork {}, Service {}, ForkTarget {}){since}",
         spec.owner,
@@ -310,7 +320,8 @@ fn place_environments(plan: &mut Plan) {
                 Some(_) => continue,
             };
             if best.as_ref().is_none_or(|(best, _)| rank < *best) {
-                best = Some((rank, Environment { pod: Arc::clone(&planned.pod), container: container.clone() }));
+                best =
+                    Some((rank, Environment { pod: Arc::clone(&planned.pod), container: container.clone() }));
             }
         }
         let Some((_, environment)) = best else { continue };

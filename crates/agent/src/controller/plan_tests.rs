@@ -94,7 +94,9 @@ impl Shop {
         plan(&Input {
             namespace: "shop",
             pods: self.pods.iter().cloned().map(Arc::new).collect(),
-            services: &|name| self.services.iter().find(|service| service.name == name).cloned().map(Arc::new),
+            services: &|name| {
+                self.services.iter().find(|service| service.name == name).cloned().map(Arc::new)
+            },
             targets: self.targets.iter().cloned().map(Arc::new).collect(),
             forks: &|name| {
                 let named = |fork: &&Fork| fork.metadata.name.as_deref() == Some(name);
@@ -105,7 +107,11 @@ impl Shop {
 
     /// Reason per target, oldest first; "" if there is none.
     fn reasons(&self) -> Vec<&'static str> {
-        self.plan().targets.iter().map(|target| target.problem.as_ref().map_or("", |problem| problem.reason)).collect()
+        self.plan()
+            .targets
+            .iter()
+            .map(|target| target.problem.as_ref().map_or("", |problem| problem.reason))
+            .collect()
     }
 }
 
@@ -116,7 +122,10 @@ fn every_pod_of_the_service_gets_the_route_on_its_own_port() {
     assert_eq!(ports, [("uid-cart-1", 8080), ("uid-cart-2", 8081)]);
     let route = &plan.routes["uid-cart-1"][0];
     assert_eq!(route.service, "shop/cart");
-    assert_eq!((route.fork.as_str(), route.owner.as_str(), route.laptop.as_str()), ("alice", "alice", "l-alice"));
+    assert_eq!(
+        (route.fork.as_str(), route.owner.as_str(), route.laptop.as_str()),
+        ("alice", "alice", "l-alice")
+    );
     assert!(!route.all);
 }
 
@@ -159,7 +168,8 @@ fn any_number_of_forks_share_a_service() {
 
 #[test]
 fn the_older_claim_on_everything_wins_and_the_younger_hears_who_holds_it() {
-    let shop = Shop::new(vec![all(target("bob", "bob", "cart", 2)), all(target("alice", "alice", "cart", 1))]);
+    let shop =
+        Shop::new(vec![all(target("bob", "bob", "cart", 2)), all(target("alice", "alice", "cart", 1))]);
     let plan = shop.plan();
     assert_eq!(shop.reasons(), ["", "Claimed"], "oldest first, whatever the order of listing");
     let message = &plan.targets[1].problem.as_ref().unwrap().message;
@@ -195,7 +205,8 @@ fn two_services_of_the_same_pods_count_as_one() {
 
 #[test]
 fn a_claim_ends_with_its_holder() {
-    let mut shop = Shop::new(vec![all(target("alice", "alice", "cart", 1)), all(target("bob", "bob", "cart", 2))]);
+    let mut shop =
+        Shop::new(vec![all(target("alice", "alice", "cart", 1)), all(target("bob", "bob", "cart", 2))]);
     shop.targets[0].metadata.deletion_timestamp = Some(Time(Timestamp::UNIX_EPOCH));
     assert_eq!(shop.reasons(), [""], "one that is being deleted holds nothing");
     assert_eq!(shop.plan().routes["uid-cart-1"][0].fork, "bob");

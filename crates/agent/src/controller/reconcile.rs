@@ -253,10 +253,9 @@ impl Reconciler {
         let added = futures::stream::iter(wanted.into_values())
             .map(|(pod, additions)| self.add(pod, additions, &settings))
             .buffer_unordered(MAX_PATCHES);
-        let outcomes: Vec<(Arc<PodView>, Purpose, String, Result<(), kube::Error>)> =
-            added.flat_map(futures::stream::iter).collect().await;
-        for (pod, purpose, name, outcome) in outcomes {
-            memory.note(&pod, purpose, name, outcome);
+        let outcomes: Vec<Outcome> = added.flat_map(futures::stream::iter).collect().await;
+        for Outcome { pod, addition, result } in outcomes {
+            memory.note(&pod, addition.purpose, addition.name, result);
         }
     }
 
@@ -306,19 +305,15 @@ impl Reconciler {
 
     /// Adds containers to a pod by one patch; if that is refused, the agent alone: it is what routes, and the other one
     /// carries an application's security context that a policy may have its own opinion of.
-    async fn add(
-        &self,
-        pod: Arc<PodView>,
-        wanted: Vec<Wanted>,
-        settings: &Settings,
-    ) -> Vec<(Arc<PodView>, Purpose, String, Result<(), kube::Error>)> {
-        let additions = match wanted.iter().map(|wanted| self.addition(&pod, wanted)).collect::<Result<Vec<_>, _>>() {
-            Ok(additions) => additions,
-            Err(error) => {
-                tracing::error!(%error, "making a join token failed");
-                return Vec::new();
-            }
-        };
+    async fn add(&self, pod: Arc<PodView>, wanted: Vec<Wanted>, settings: &Settings) -> Vec<Outcome> {
+        let additions =
+            match wanted.iter().map(|wanted| self.addition(&pod, wanted)).collect::<Result<Vec<_>, _>>() {
+                Ok(additions) => additions,
+                Err(error) => {
+                    tracing::error!(%error, "making a join token failed");
+                    return Vec::new();
+                }
+            };
         let api: Api<Pod> = Api::namespaced(self.client.clone(), &pod.namespace);
         let patch = async |additions: &[Addition]| {
             let patch = Patch::Strategic(inject::patch(&pod, additions, settings));
@@ -328,22 +323,27 @@ impl Reconciler {
         match patch(&additions).await {
             Ok(()) => {
                 for addition in additions {
-                    tracing::info!(namespace = pod.namespace, pod = pod.name, container = addition.name, "added an agent");
-                    outcomes.push((Arc::clone(&pod), addition.purpose, addition.name, Ok(())));
+                    tracing::info!(
+                        namespace = pod.namespace,
+                        pod = pod.name,
+                        container = addition.name,
+                        "added an agent"
+                    );
+                    outcomes.push(Outcome { pod: Arc::clone(&pod), addition, result: Ok(()) });
                 }
             }
             Err(kube::Error::Api(status)) if additions.len() > 1 => {
                 for addition in additions {
-                    let outcome = match addition.purpose {
+                    let result = match addition.purpose {
                         Purpose::Pod => patch(std::slice::from_ref(&addition)).await,
                         Purpose::Env => Err(kube::Error::Api(status.clone())),
                     };
-                    outcomes.push((Arc::clone(&pod), addition.purpose, addition.name, outcome));
+                    outcomes.push(Outcome { pod: Arc::clone(&pod), addition, result });
                 }
             }
             Err(error) => {
                 if let Some(addition) = additions.into_iter().next() {
-                    outcomes.push((Arc::clone(&pod), addition.purpose, addition.name, Err(error)));
+                    outcomes.push(Outcome { pod: Arc::clone(&pod), addition, result: Err(error) });
                 }
             }
         }
@@ -374,7 +374,9 @@ impl Reconciler {
                 "metadata": { "uid": target.metadata.uid, "ownerReferences": [owner] },
             });
             let params = PatchParams::apply(FIELD_MANAGER).force();
-            gone_is_fine(self.targets_of(target).patch(&target.name_any(), &params, &Patch::Apply(patch)).await)?;
+            gone_is_fine(
+                self.targets_of(target).patch(&target.name_any(), &params, &Patch::Apply(patch)).await,
+            )?;
         }
         Ok(())
     }
@@ -396,7 +398,8 @@ impl Reconciler {
             });
             let params = PatchParams::apply(FIELD_MANAGER).force();
             let api = self.targets_of(target);
-            let written = gone_is_fine(api.patch_status(&target.name_any(), &params, &Patch::Apply(patch)).await);
+            let written =
+                gone_is_fine(api.patch_status(&target.name_any(), &params, &Patch::Apply(patch)).await);
             if written.is_ok() {
                 self.announce(target, &new).await;
             }
@@ -417,7 +420,14 @@ impl Reconciler {
     }
 
     /// What is known of an agent.
-    fn agent(&self, pod: &PodView, purpose: Purpose, target: &str, ports: &[u16], memory: &Memory) -> AgentInPod {
+    fn agent(
+        &self,
+        pod: &PodView,
+        purpose: Purpose,
+        target: &str,
+        ports: &[u16],
+        memory: &Memory,
+    ) -> AgentInPod {
         let id = purpose.agent_id(&pod.uid);
         if let Some(report) = self.hub.report(&id, target, ports) {
             return AgentInPod::Says(report);
@@ -444,8 +454,11 @@ impl Reconciler {
         if matches!(now.reason.as_str(), "AgentStarting" | "LaptopConnecting") {
             return;
         }
-        let (type_, reason) =
-            if now.status == "True" { (EventType::Normal, "Routed") } else { (EventType::Warning, now.reason.as_str()) };
+        let (type_, reason) = if now.status == "True" {
+            (EventType::Normal, "Routed")
+        } else {
+            (EventType::Warning, now.reason.as_str())
+        };
         self.publish(target, type_, reason, &now.message).await;
     }
 
@@ -471,10 +484,19 @@ impl Reconciler {
                 continue;
             }
             let minutes = self.config.grace.as_secs() / 60;
-            let note = format!("the laptop of {} was gone for {minutes} minutes: its claim is free again", target.spec.owner);
-            tracing::info!(target = target.name_any(), namespace = target.namespace(), owner = target.spec.owner, "freed a claim");
+            let note = format!(
+                "the laptop of {} was gone for {minutes} minutes: its claim is free again",
+                target.spec.owner
+            );
+            tracing::info!(
+                target = target.name_any(),
+                namespace = target.namespace(),
+                owner = target.spec.owner,
+                "freed a claim"
+            );
             self.publish(target, EventType::Warning, "LaptopGone", &note).await;
-            let preconditions = Preconditions { uid: target.metadata.uid.clone(), ..Preconditions::default() };
+            let preconditions =
+                Preconditions { uid: target.metadata.uid.clone(), ..Preconditions::default() };
             let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
             gone_is_fine(self.targets_of(target).delete(&target.name_any(), &params).await)?;
         }
@@ -513,7 +535,8 @@ impl Reconciler {
             for in_pod in &planned.pods {
                 for purpose in [Purpose::Pod, Purpose::Env] {
                     if let Life::BackOff(due, _) = self.life(&in_pod.pod, purpose, memory) {
-                        let wait = Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
+                        let wait =
+                            Duration::try_from(due.duration_since(Timestamp::now())).unwrap_or_default();
                         at(now + wait + Duration::from_millis(50));
                     }
                 }
@@ -531,6 +554,13 @@ struct Wanted {
     purpose: Purpose,
     container: String,
     number: usize,
+}
+
+/// What came of adding a container.
+struct Outcome {
+    pod: Arc<PodView>,
+    addition: Addition,
+    result: Result<(), kube::Error>,
 }
 
 impl Memory {

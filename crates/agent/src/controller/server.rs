@@ -51,7 +51,11 @@ impl Server {
     ///
     /// # Errors
     /// If the TLS configuration is not usable, or the listener fails for good.
-    pub async fn serve(self: Arc<Self>, listener: TcpListener, credentials: &Credentials) -> anyhow::Result<()> {
+    pub async fn serve(
+        self: Arc<Self>,
+        listener: TcpListener,
+        credentials: &Credentials,
+    ) -> anyhow::Result<()> {
         let config = credentials
             .server_config(forkd_wire::ALPN_CONTROL, ClientAuth::Optional)
             .context("configure TLS")?;
@@ -80,7 +84,12 @@ impl Server {
         }
     }
 
-    async fn connection(&self, stream: TcpStream, peer: SocketAddr, acceptor: TlsAcceptor) -> anyhow::Result<()> {
+    async fn connection(
+        &self,
+        stream: TcpStream,
+        peer: SocketAddr,
+        acceptor: TlsAcceptor,
+    ) -> anyhow::Result<()> {
         stream.set_nodelay(true).context("set TCP_NODELAY")?;
         let stream = tokio::time::timeout(PATIENCE, acceptor.accept(stream))
             .await
@@ -109,7 +118,9 @@ impl Server {
                 self.world.read().pods.one(namespace, pod).is_some_and(|pod| pod.uid == *pod_uid)
             }
             Identity::Relay { name } => self.world.read().own_pods("relay").any(|pod| pod.name == *name),
-            Identity::Laptop { .. } | Identity::Controller => bail!("{} has no business here", identity.short()),
+            Identity::Laptop { .. } | Identity::Controller => {
+                bail!("{} has no business here", identity.short())
+            }
         };
         if !there {
             bail!("{} has a certificate, but its pod is gone", identity.short());
@@ -133,7 +144,8 @@ impl Server {
             Err(error) if matches!(error.downcast_ref(), Some(JoinError::Api(_))) => Err(error),
             Err(error) => {
                 let refused = format!("{error:#}");
-                wire.write(from_controller::Kind::Certificate(Certificate { chain: Vec::new(), refused })).await?;
+                wire.write(from_controller::Kind::Certificate(Certificate { chain: Vec::new(), refused }))
+                    .await?;
                 Err(error)
             }
         }
@@ -244,7 +256,11 @@ impl Server {
 
     fn status(&self, identity: &Identity, id: &str, number: u64, status: Status) {
         if !status.error.is_empty() {
-            tracing::warn!(who = identity.short(), error = status.error, "an agent cannot do what it is to do");
+            tracing::warn!(
+                who = identity.short(),
+                error = status.error,
+                "an agent cannot do what it is to do"
+            );
         }
         if self.hub.status(id, number, status) {
             match identity {
@@ -302,6 +318,9 @@ impl Wire {
             self.stream.write_all(&output).await?;
             self.stream.flush().await
         };
-        tokio::time::timeout(PATIENCE, written).await.context("the other side does not read")?.context("write to the connection")
+        tokio::time::timeout(PATIENCE, written)
+            .await
+            .context("the other side does not read")?
+            .context("write to the connection")
     }
 }

@@ -136,8 +136,12 @@ fn pod_status(
             status.opaque_connections = report.opaque_connections;
             match (report.routed, report.error.is_empty()) {
                 (true, _) => None,
-                (false, true) => Some(said("AgentStarting", format!("the agent in pod {name} is setting its redirect"))),
-                (false, false) => Some(said("AgentFailed", format!("the agent in pod {name} says: {}", report.error))),
+                (false, true) => {
+                    Some(said("AgentStarting", format!("the agent in pod {name} is setting its redirect")))
+                }
+                (false, false) => {
+                    Some(said("AgentFailed", format!("the agent in pod {name} says: {}", report.error)))
+                }
             }
         }
         AgentInPod::Unknown => {
@@ -167,10 +171,13 @@ fn refused(pod: &str, forbidden: bool, message: &str) -> Problem {
 /// What to say of an agent that is not connected.
 fn absent(pod: &str, life: Life) -> Problem {
     match life {
-        Life::Running => {
-            said("AgentUnreachable", format!("the agent in pod {pod} runs, but is not connected to the controller"))
+        Life::Running => said(
+            "AgentUnreachable",
+            format!("the agent in pod {pod} runs, but is not connected to the controller"),
+        ),
+        Life::Missing(_) | Life::Starting => {
+            said("AgentStarting", format!("the agent in pod {pod} is starting"))
         }
-        Life::Missing(_) | Life::Starting => said("AgentStarting", format!("the agent in pod {pod} is starting")),
         Life::Stuck(why) => said("AgentFailed", format!("the agent in pod {pod} cannot start: {why}")),
         Life::BackOff(due, why) => {
             said("AgentFailed", format!("in pod {pod}: {why}; the next one starts at {due:.0}"))
@@ -191,7 +198,8 @@ fn environment(
     let Some(place) = &planned.environment else {
         let asked = planned.target.spec.environment_of.as_deref().unwrap_or_default();
         let container = if asked.is_empty() { String::new() } else { format!(" with a container {asked}") };
-        let message = format!("no ready pod{container} whose environment is not read for another container already");
+        let message =
+            format!("no ready pod{container} whose environment is not read for another container already");
         return Err(said("NoEnvironment", message));
     };
     let pod = &place.pod;
@@ -216,20 +224,27 @@ fn environment(
 }
 
 /// Gives each verdict its time: that of its last change of status (API conventions).
-fn conditions(old: &[Condition], verdicts: Vec<Verdict>, generation: Option<i64>, now: Timestamp) -> Vec<Condition> {
+fn conditions(
+    old: &[Condition],
+    verdicts: Vec<Verdict>,
+    generation: Option<i64>,
+    now: Timestamp,
+) -> Vec<Condition> {
     let condition = |verdict: Verdict| {
         let (status, said) = match verdict.outcome {
             Ok(said) => ("True", said),
             Err(said) => ("False", said),
         };
-        let before = old.iter().find(|condition| condition.type_ == verdict.kind && condition.status == status);
+        let before =
+            old.iter().find(|condition| condition.type_ == verdict.kind && condition.status == status);
         Condition {
             type_: verdict.kind.to_owned(),
             status: status.to_owned(),
             reason: said.reason.to_owned(),
             message: said.message,
             observed_generation: generation,
-            last_transition_time: before.map_or_else(|| now_in_seconds(now), |before| before.last_transition_time.clone()),
+            last_transition_time: before
+                .map_or_else(|| now_in_seconds(now), |before| before.last_transition_time.clone()),
         }
     };
     verdicts.into_iter().map(condition).collect()
@@ -251,7 +266,11 @@ pub fn of_fork<'a>(fork: &Fork, targets: impl Iterator<Item = &'a ForkTarget>, n
     let (mut count, mut waiting) = (0, Vec::new());
     for target in targets {
         count += 1;
-        let is_ready = target.status.as_ref().and_then(|status| ready(&status.conditions)).is_some_and(|ready| ready.status == "True");
+        let is_ready = target
+            .status
+            .as_ref()
+            .and_then(|status| ready(&status.conditions))
+            .is_some_and(|ready| ready.status == "True");
         if !is_ready {
             waiting.push(format!(
                 "{}/{}",
@@ -267,7 +286,10 @@ pub fn of_fork<'a>(fork: &Fork, targets: impl Iterator<Item = &'a ForkTarget>, n
         (_, false) => Err(said("TargetsNotReady", format!("not ready: {}", waiting.join(", ")))),
     };
     let verdict = vec![Verdict { kind: condition::READY, outcome }];
-    ForkStatus { targets: count, conditions: conditions(&old.conditions, verdict, fork.metadata.generation, now) }
+    ForkStatus {
+        targets: count,
+        conditions: conditions(&old.conditions, verdict, fork.metadata.generation, now),
+    }
 }
 
 #[cfg(test)]

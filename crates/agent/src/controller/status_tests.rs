@@ -52,7 +52,12 @@ fn says(routed: bool, laptops: &[&str]) -> AgentInPod {
 }
 
 /// The status, given what is known of the agent in each pod by name.
-fn status_at(planned: &TargetPlan, agents: &[(&str, AgentInPod)], laptops: &[&str], second: i64) -> ForkTargetStatus {
+fn status_at(
+    planned: &TargetPlan,
+    agents: &[(&str, AgentInPod)],
+    laptops: &[&str],
+    second: i64,
+) -> ForkTargetStatus {
     let find = |name: &str| agents.iter().find(|(found, _)| *found == name).map(|(_, agent)| agent.clone());
     of_target(
         planned,
@@ -66,19 +71,26 @@ fn status_at(planned: &TargetPlan, agents: &[(&str, AgentInPod)], laptops: &[&st
 }
 
 fn reasons(status: &ForkTargetStatus) -> Vec<(&str, &str, &str)> {
-    status.conditions.iter().map(|found| (found.type_.as_str(), found.status.as_str(), found.reason.as_str())).collect()
+    status
+        .conditions
+        .iter()
+        .map(|found| (found.type_.as_str(), found.status.as_str(), found.reason.as_str()))
+        .collect()
 }
 
 #[test]
 fn all_agents_routed_and_connected_is_ready() {
     let planned = planned(&["a", "b"]);
-    let status = status_at(&planned, &[("a", says(true, &["l1"])), ("b", says(true, &["l1", "l2"]))], &["l1"], 10);
+    let status =
+        status_at(&planned, &[("a", says(true, &["l1"])), ("b", says(true, &["l1", "l2"]))], &["l1"], 10);
     assert_eq!(
         reasons(&status),
         [("Routed", "True", "Routed"), ("LaptopConnected", "True", "Connected"), ("Ready", "True", "Ready")]
     );
     assert_eq!(status.routed, "2/2");
-    assert!(status.pods["a"].routed && status.pods["a"].laptop_connected && status.pods["a"].message.is_empty());
+    assert!(
+        status.pods["a"].routed && status.pods["a"].laptop_connected && status.pods["a"].message.is_empty()
+    );
     assert!(status.conditions.iter().all(|condition| condition.observed_generation == Some(3)));
 }
 
@@ -90,7 +102,11 @@ fn one_pod_that_is_not_routed_is_named_with_its_reason() {
     assert_eq!(status.routed, "1/2");
     assert_eq!(
         reasons(&status),
-        [("Routed", "False", "AgentFailed"), ("LaptopConnected", "True", "Connected"), ("Ready", "False", "AgentFailed")]
+        [
+            ("Routed", "False", "AgentFailed"),
+            ("LaptopConnected", "True", "Connected"),
+            ("Ready", "False", "AgentFailed")
+        ]
     );
     assert_eq!(status.pods["b"].message, "the agent in pod b cannot start: ErrImagePull: not found");
     assert!(ready(&status.conditions).unwrap().message.contains("ErrImagePull"));
@@ -168,7 +184,8 @@ fn an_environment_has_a_condition_of_its_own() {
     let agent = ("a", says(true, &["l1"]));
     let none = status_at(&planned, std::slice::from_ref(&agent), &["l1"], 10);
     assert_eq!(reasons(&none)[3], ("Environment", "False", "NoEnvironment"));
-    planned.environment = Some(Environment { pod: Arc::clone(&planned.pods[0].pod), container: "app".to_owned() });
+    planned.environment =
+        Some(Environment { pod: Arc::clone(&planned.pods[0].pod), container: "app".to_owned() });
     let starting = ("env", AgentInPod::Absent(Life::Starting));
     let status = status_at(&planned, &[agent.clone(), starting], &["l1"], 10);
     assert_eq!(reasons(&status)[3], ("Environment", "False", "AgentStarting"));
@@ -176,7 +193,10 @@ fn an_environment_has_a_condition_of_its_own() {
     let served = ("env", says(false, &[]));
     let status = status_at(&planned, &[agent, served], &["l1"], 10);
     assert_eq!(reasons(&status)[3], ("Environment", "True", "Served"));
-    assert_eq!(status.environment_agent.as_deref(), Some("forkd://agent/uid-a.env?namespace=shop&pod=a&role=env"));
+    assert_eq!(
+        status.environment_agent.as_deref(),
+        Some("forkd://agent/uid-a.env?namespace=shop&pod=a&role=env")
+    );
 }
 
 #[test]

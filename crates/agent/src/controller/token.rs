@@ -77,7 +77,12 @@ impl Tokens {
     ///
     /// # Errors
     /// [`TokenError::NoRandom`].
-    pub fn issue(&self, pod: (&str, &str, &str), container: &str, now: SystemTime) -> Result<String, TokenError> {
+    pub fn issue(
+        &self,
+        pod: (&str, &str, &str),
+        container: &str,
+        now: SystemTime,
+    ) -> Result<String, TokenError> {
         let mut nonce = vec![0; 16];
         rand::fill(&mut nonce).map_err(|_| TokenError::NoRandom)?;
         let (namespace, name, uid) = pod;
@@ -176,7 +181,11 @@ mod tests {
         for at in 0..token.len() {
             let mut changed = token.clone().into_bytes();
             changed[at] = if changed[at] == b'0' { b'1' } else { b'0' };
-            assert_eq!(tokens.read(&String::from_utf8(changed).unwrap(), now), Err(TokenError::Forged), "at {at}");
+            assert_eq!(
+                tokens.read(&String::from_utf8(changed).unwrap(), now),
+                Err(TokenError::Forged),
+                "at {at}"
+            );
         }
         let other = Tokens::new(hmac::Key::new(hmac::HMAC_SHA256, &[8; 32]));
         assert_eq!(other.read(&token, now), Err(TokenError::Forged));
@@ -196,7 +205,11 @@ mod tests {
     #[test]
     fn what_is_remembered_of_used_tokens_is_bounded() {
         let (tokens, now) = (tokens(), SystemTime::now());
-        let claims = |number: usize, expires| Claims { nonce: number.to_be_bytes().to_vec(), expires, ..Claims::default() };
+        let claims = |number: usize, expires| Claims {
+            nonce: number.to_be_bytes().to_vec(),
+            expires,
+            ..Claims::default()
+        };
         for number in 0..MAX_USED {
             tokens.spend(&claims(number, unix(now) + 10), now).unwrap();
         }

@@ -322,10 +322,7 @@ impl ServiceView {
             namespace: meta.namespace.clone().unwrap_or_default(),
             name: meta.name.clone().unwrap_or_default(),
             // The selector of an ExternalName Service is ignored by everybody.
-            selector: spec
-                .filter(|_| !external)
-                .and_then(|spec| spec.selector.clone())
-                .unwrap_or_default(),
+            selector: spec.filter(|_| !external).and_then(|spec| spec.selector.clone()).unwrap_or_default(),
             ips: ips.iter().filter_map(|ip| ip.parse().ok()).collect(),
             ports: spec
                 .and_then(|spec| spec.ports.as_ref())

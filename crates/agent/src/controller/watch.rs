@@ -10,8 +10,8 @@ use futures::StreamExt as _;
 use k8s_openapi::api::core::v1::{ConfigMap, Node, Pod, Service};
 use k8s_openapi::api::networking::v1::ServiceCIDR;
 use kube::api::ListParams;
-use kube::runtime::watcher::{self, Event, watcher};
 use kube::runtime::WatchStreamExt as _;
+use kube::runtime::watcher::{self, Event, watcher};
 use kube::{Api, Client, Resource, ResourceExt as _};
 use serde::de::DeserializeOwned;
 use tokio::sync::oneshot;
@@ -61,7 +61,12 @@ fn service_cidr(object: &ServiceCIDR) -> Vec<String> {
 }
 
 /// Keeps one kind up to date. The receiver hears when the first listing is complete.
-fn feed<K, V>(api: Api<K>, world: &Arc<World>, view: fn(&K) -> V, tasks: &mut JoinSet<()>) -> oneshot::Receiver<()>
+fn feed<K, V>(
+    api: Api<K>,
+    world: &Arc<World>,
+    view: fn(&K) -> V,
+    tasks: &mut JoinSet<()>,
+) -> oneshot::Receiver<()>
 where
     K: Resource<DynamicType = ()> + Clone + Debug + DeserializeOwned + Send + 'static,
     V: Watched + Send + Sync + 'static,

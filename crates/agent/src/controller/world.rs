@@ -51,7 +51,10 @@ impl<V> Table<V> {
 
     /// Namespace and name of all that are not in `seen`.
     fn missing_from(&self, seen: &HashSet<(String, String)>) -> Vec<(String, String)> {
-        let all = self.0.iter().flat_map(|(namespace, names)| names.keys().map(|name| (namespace.clone(), name.clone())));
+        let all = self
+            .0
+            .iter()
+            .flat_map(|(namespace, names)| names.keys().map(|name| (namespace.clone(), name.clone())));
         all.filter(|key| !seen.contains(key)).collect()
     }
 }
@@ -204,7 +207,9 @@ impl Watched for ServiceView {
     }
 
     fn changed(state: &mut State, key: (&str, &str), old: Option<&Self>, new: Option<&Self>, queue: &Queue) {
-        old.into_iter().flat_map(|service| &service.ips).for_each(|ip| drop(state.services_by_ip.remove(ip)));
+        old.into_iter().flat_map(|service| &service.ips).for_each(|ip| {
+            state.services_by_ip.remove(ip);
+        });
         for ip in new.into_iter().flat_map(|service| &service.ips) {
             state.services_by_ip.insert(*ip, key.0.to_owned());
         }
@@ -298,14 +303,22 @@ mod tests {
         assert_eq!(world.read().place(ip), None, "a finished pod has given it back");
         world.set("b", "new", Some(pod("b", "new", "10.244.0.7")));
         world.set::<PodView>("a", "old", None);
-        assert_eq!(world.read().place(ip), Some(Place::Pod("b".to_owned())), "the old pod's end changes nothing");
+        assert_eq!(
+            world.read().place(ip),
+            Some(Place::Pod("b".to_owned())),
+            "the old pod's end changes nothing"
+        );
     }
 
     #[test]
     fn a_pod_of_the_host_network_has_no_address_of_its_own() {
         let world = World::new(Arc::default());
         let ip = "192.0.2.10".parse().unwrap();
-        world.set("kube-system", "proxy", Some(PodView { host_network: true, ..pod("kube-system", "proxy", "192.0.2.10") }));
+        world.set(
+            "kube-system",
+            "proxy",
+            Some(PodView { host_network: true, ..pod("kube-system", "proxy", "192.0.2.10") }),
+        );
         assert_eq!(world.read().place(ip), None);
         world.set("", "node", Some(NodeView { ips: vec![ip], ..NodeView::default() }));
         assert_eq!(world.read().place(ip), Some(Place::Node));
