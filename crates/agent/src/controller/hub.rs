@@ -215,9 +215,9 @@ impl Hub {
         Some(report)
     }
 
-    /// Is there a connection, or was there one a moment ago?
-    pub fn is_here(&self, id: &str) -> bool {
-        self.lock().entries.get(id).is_some_and(|entry| entry.counts(Instant::now()))
+    /// Is there a connection?
+    pub fn is_connected(&self, id: &str) -> bool {
+        self.lock().entries.get(id).is_some_and(|entry| entry.connection.is_some())
     }
 
     /// Agents in a namespace, connected or not: id and role.

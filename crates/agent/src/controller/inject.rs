@@ -42,20 +42,33 @@ pub fn life(
     image: &str,
     now: Timestamp,
 ) -> Life {
-    let agents: Vec<&AgentView> = pod.agents.iter().filter(|agent| agent.purpose == purpose).collect();
+    let mut agents: Vec<&AgentView> = pod.agents.iter().filter(|agent| agent.purpose == purpose).collect();
     let unseen = |name: &String| {
         Purpose::of_name(name) == Some(purpose) && !agents.iter().any(|agent| agent.name == *name)
     };
     if pending.iter().any(unseen) {
         return Life::Starting;
     }
+    // Their order in the pod says nothing: a patch puts new ones in front of old ones or behind them.
+    let rank = |state: &AgentState| match state {
+        AgentState::Running { .. } => (3, None),
+        AgentState::Starting => (2, None),
+        AgentState::Stuck { .. } => (1, None),
+        AgentState::Ended { at, .. } => (0, Some(at.unwrap_or(Timestamp::MIN))),
+    };
+    agents.sort_by_key(|agent| rank(&agent.state));
     let Some(last) = agents.last() else { return Life::Missing(0) };
     let next = agents.len();
     match &last.state {
         AgentState::Running { .. } => Life::Running,
         AgentState::Starting => Life::Starting,
-        // A stuck one stays as it is. If it is stuck with another image than ours, another one may do better.
-        AgentState::Stuck { .. } if last.image != image && next < MAX_CONTAINERS => Life::Missing(next),
+        // A stuck one stays as it is. If all are stuck with another image than ours, another one may do better.
+        AgentState::Stuck { .. }
+            if next < MAX_CONTAINERS
+                && !agents.iter().any(|agent| is_stuck(agent) && agent.image == image) =>
+        {
+            Life::Missing(next)
+        }
         AgentState::Stuck { reason, message } => Life::Stuck(join(reason, message)),
         AgentState::Ended { code, message, .. } if next >= MAX_CONTAINERS => Life::Exhausted(format!(
             "{next} agents have ended in this pod, the last one with code {code}{}; only a new pod can have another",
@@ -75,6 +88,10 @@ pub fn life(
             Life::BackOff(due, join(&format!("agent ended with code {code}"), message))
         }
     }
+}
+
+fn is_stuck(agent: &AgentView) -> bool {
+    matches!(agent.state, AgentState::Stuck { .. })
 }
 
 /// The wait after so many failures in a row.
@@ -243,6 +260,19 @@ mod tests {
         assert_eq!(life_at(&idle, 100), Life::Missing(2), "one that ended by itself is no failure");
         let many = pod((0..MAX_CONTAINERS).map(|_| ended(1, 0)).collect());
         assert!(matches!(life_at(&many, 1_000_000), Life::Exhausted(_)));
+    }
+
+    #[test]
+    fn a_successor_counts_wherever_it_stands_in_the_pod() {
+        let since = Timestamp::UNIX_EPOCH;
+        for live in [AgentState::Starting, AgentState::Running { since }] {
+            let first = life_at(&pod(vec![live.clone(), ended(1, 0)]), 1_000);
+            let last = life_at(&pod(vec![ended(1, 0), live]), 1_000);
+            assert_eq!(first, last);
+            assert!(matches!(first, Life::Starting | Life::Running));
+        }
+        let newest_first = pod(vec![ended(0, 100), ended(1, 80)]);
+        assert_eq!(life_at(&newest_first, 100), Life::Missing(2), "the last to end was no failure");
     }
 
     #[test]

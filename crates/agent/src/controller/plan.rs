@@ -7,7 +7,7 @@ use forkd_api::{Fork, ForkTarget, OnUnavailable, Traffic};
 use forkd_wire::control::{self, Route};
 use k8s_openapi::jiff::Timestamp;
 
-use super::view::{AgentState, PodView, Purpose, ServicePortView, ServiceView};
+use super::view::{AgentState, AgentView, PodView, Purpose, ServicePortView, ServiceView};
 
 /// What stands in the way of a target; becomes the reason and message of its conditions.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -338,8 +338,8 @@ fn place_environments(plan: &mut Plan) {
 /// The container whose environment an agent in the pod reads, or is about to.
 fn live_environment(pod: &PodView) -> Option<String> {
     let live = |state: &AgentState| !matches!(state, AgentState::Ended { .. });
-    let agent = pod.agents.iter().rev().find(|agent| agent.purpose == Purpose::Env)?;
-    live(&agent.state).then(|| agent.target_container.clone())
+    let env = |agent: &&AgentView| agent.purpose == Purpose::Env && live(&agent.state);
+    pod.agents.iter().find(env).map(|agent| agent.target_container.clone())
 }
 
 #[cfg(test)]

@@ -284,7 +284,7 @@ impl Reconciler {
 
     /// The number of the container that a pod needs, if it needs one.
     fn needs(&self, pod: &PodView, purpose: Purpose, memory: &Memory) -> Option<usize> {
-        if self.hub.is_here(&purpose.agent_id(&pod.uid)) {
+        if self.hub.is_connected(&purpose.agent_id(&pod.uid)) {
             return None;
         }
         let refusal = memory.refused.get(&(pod.uid.clone(), purpose));
@@ -429,16 +429,21 @@ impl Reconciler {
         memory: &Memory,
     ) -> AgentInPod {
         let id = purpose.agent_id(&pod.uid);
-        if let Some(report) = self.hub.report(&id, target, ports) {
+        let connected = self.hub.is_connected(&id);
+        let life = self.life(pod, purpose, memory);
+        // What an agent said counts while it runs, also when its connection has just broken; not after its end.
+        if (connected || life == Life::Running)
+            && let Some(report) = self.hub.report(&id, target, ports)
+        {
             return AgentInPod::Says(report);
         }
         if let Some(refusal) = memory.refused.get(&(pod.uid.clone(), purpose)) {
             return AgentInPod::Refused { forbidden: refusal.forbidden, message: refusal.message.clone() };
         }
-        match self.life(pod, purpose, memory) {
-            Life::Running if self.hub.age() < LINGER => AgentInPod::Unknown,
+        match life {
             // Connected, and has said nothing yet.
-            Life::Running if self.hub.is_here(&id) => AgentInPod::Absent(Life::Starting),
+            Life::Running if connected => AgentInPod::Absent(Life::Starting),
+            Life::Running if self.hub.age() < LINGER => AgentInPod::Unknown,
             life => AgentInPod::Absent(life),
         }
     }

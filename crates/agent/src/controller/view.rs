@@ -77,7 +77,7 @@ pub struct PodView {
     pub has_user: bool,
     /// Those that run as long as the pod: also init containers that restart always (sidecars).
     pub containers: Vec<ContainerView>,
-    /// forkd's own, in the order in which they were added.
+    /// forkd's own, in no particular order.
     pub agents: Vec<AgentView>,
 }
 
@@ -260,11 +260,13 @@ fn agent(pod: &Pod, container: &EphemeralContainer) -> Option<AgentView> {
 fn state(state: Option<&ContainerState>) -> AgentState {
     let Some(state) = state else { return AgentState::Starting };
     if let Some(ended) = &state.terminated {
-        let said = ended.message.clone().or_else(|| ended.reason.clone()).unwrap_or_default();
+        // With FallbackToLogsOnError the message is the end of the log; its last line says what went wrong.
+        let last = ended.message.as_deref().and_then(|message| message.trim().lines().last());
+        let said = last.or(ended.reason.as_deref()).unwrap_or_default();
         return AgentState::Ended {
             code: ended.exit_code,
             at: ended.finished_at.as_ref().map(|time| time.0),
-            message: said,
+            message: said.chars().take(300).collect(),
         };
     }
     if let Some(since) = state.running.as_ref().map(|running| running.started_at.as_ref()) {
