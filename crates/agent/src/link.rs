@@ -284,7 +284,9 @@ impl Task {
                 }
             }
             sleep(PAUSE).await;
-            if last_seen.elapsed() > self.config.lost_after || self.credentials.expires_at() < SystemTime::now() {
+            if last_seen.elapsed() > self.config.lost_after
+                || self.credentials.expires_at() < SystemTime::now()
+            {
                 tracing::warn!("the controller is gone for good");
                 let _ = self.state.send(State::Lost);
                 return;

@@ -29,7 +29,8 @@ pub async fn run(config: Config) -> anyhow::Result<()> {
     );
     let udp = UdpSocket::bind((Ipv4Addr::UNSPECIFIED, RELAY_PORT)).context("bind the relay's UDP port")?;
     // Loopback only: where a port-forward ends, and nobody else in the cluster can connect.
-    let tcp = TcpListener::bind((Ipv4Addr::LOCALHOST, RELAY_PORT)).await.context("bind the relay's TCP port")?;
+    let tcp =
+        TcpListener::bind((Ipv4Addr::LOCALHOST, RELAY_PORT)).await.context("bind the relay's TCP port")?;
     let mut relay = Relay::start(&link.credentials, udp, tcp).context("start the relay")?;
     tracing::info!(port = RELAY_PORT, "relay");
 

@@ -42,7 +42,8 @@ pub async fn install(global: &Global, ui: &Ui, args: &args::Install) -> Result<(
     let objects = render(&options)
         .map_err(|error| Failure::new("cannot make the manifests").caused_by(&error).exit(Exit::Usage))?;
     if args.print {
-        let yaml = to_yaml(&objects).map_err(|error| Failure::new("cannot print the manifests").caused_by(&error))?;
+        let yaml = to_yaml(&objects)
+            .map_err(|error| Failure::new("cannot print the manifests").caused_by(&error))?;
         return ui.print(&yaml);
     }
     let client = Target::read(&global.choice())?.client().await?;
@@ -82,7 +83,9 @@ async fn apply(client: &Client, object: &DynamicObject, dry_run: bool) -> Result
     match api.patch(&name, &params, &Patch::Apply(object)).await {
         Ok(after) => Ok(match before {
             None => "created",
-            Some(before) if before.metadata.resource_version == after.metadata.resource_version => "unchanged",
+            Some(before) if before.metadata.resource_version == after.metadata.resource_version => {
+                "unchanged"
+            }
             Some(_) => "changed",
         }),
         // A dry run makes no namespace for what comes after it.
@@ -124,9 +127,13 @@ async fn ready(client: &Client, ui: &Ui) -> Result<(), Failure> {
             return Ok(());
         }
         if began.elapsed() > PATIENCE {
-            return Err(Failure::new(format!("{} is not ready after {} s", waits.join(", "), PATIENCE.as_secs()))
-                .because("applied, but it does not run")
-                .advice(format!("kubectl -n {SYSTEM_NAMESPACE} get pods,events")));
+            return Err(Failure::new(format!(
+                "{} is not ready after {} s",
+                waits.join(", "),
+                PATIENCE.as_secs()
+            ))
+            .because("applied, but it does not run")
+            .advice(format!("kubectl -n {SYSTEM_NAMESPACE} get pods,events")));
         }
         ui.step(&format!("waiting for {}", waits.join(", ")));
         tokio::time::sleep(LOOK).await;
@@ -146,7 +153,9 @@ pub async fn uninstall(global: &Global, ui: &Ui, args: &args::Uninstall) -> Resu
     }
     if args.dry_run {
         let names: Vec<_> = there.iter().map(|(name, _)| name.as_str()).collect();
-        return ui.answer(&json!({ "dryRun": true, "objects": names }), || format!("would go:\n{}", names.join("\n")));
+        return ui.answer(&json!({ "dryRun": true, "objects": names }), || {
+            format!("would go:\n{}", names.join("\n"))
+        });
     }
     if !args.yes && !there.is_empty() {
         confirm(there.len())?;
@@ -189,11 +198,13 @@ async fn end_claims(client: &Client, ui: &Ui) -> Result<(), Failure> {
     let targets = Api::<ForkTarget>::all(client.clone());
     for target in or_none(targets.list(&ListParams::default()).await).map_err(cannot)? {
         let api = Api::<ForkTarget>::namespaced(client.clone(), &target.namespace().unwrap_or_default());
-        fine_if_gone(api.delete(&target.name_any(), &DeleteParams::default()).await.map(drop)).map_err(cannot)?;
+        fine_if_gone(api.delete(&target.name_any(), &DeleteParams::default()).await.map(drop))
+            .map_err(cannot)?;
     }
     let forks = Api::<Fork>::all(client.clone());
     for fork in or_none(forks.list(&ListParams::default()).await).map_err(cannot)? {
-        fine_if_gone(forks.delete(&fork.name_any(), &DeleteParams::default()).await.map(drop)).map_err(cannot)?;
+        fine_if_gone(forks.delete(&fork.name_any(), &DeleteParams::default()).await.map(drop))
+            .map_err(cannot)?;
     }
     Ok(())
 }
@@ -214,12 +225,15 @@ async fn end_agents(client: &Client, ui: &Ui) -> Result<(), Failure> {
     let pods = Api::<Pod>::all(client.clone());
     let began = Instant::now();
     loop {
-        let running = pods.list(&ListParams::default()).await.map_err(cannot)?.into_iter().filter(has_agent).count();
+        let running =
+            pods.list(&ListParams::default()).await.map_err(cannot)?.into_iter().filter(has_agent).count();
         if running == 0 {
             return Ok(());
         }
         if began.elapsed() > AGENTS {
-            ui.note(&format!("agents in {running} pods did not end in time; without a controller they end by themselves"));
+            ui.note(&format!(
+                "agents in {running} pods did not end in time; without a controller they end by themselves"
+            ));
             return Ok(());
         }
         ui.step(&format!("waiting for the agents in {running} pods to end"));
@@ -251,14 +265,17 @@ async fn end_requests(client: &Client) -> Result<(), Failure> {
 async fn own(client: &Client, object: &DynamicObject) -> Result<Option<DynamicObject>, Failure> {
     let cannot = |error| kubernetes::failure(format!("cannot look for {}", describe(object)), &error);
     let found = api_of(client, object)?.get_opt(&object.name_any()).await.map_err(cannot)?;
-    Ok(found.filter(|found| found.labels().get(MANAGED_BY).map(String::as_str) == Some(MANAGER)).map(|mut found| {
-        found.types.clone_from(&object.types);
-        found
-    }))
+    Ok(found.filter(|found| found.labels().get(MANAGED_BY).map(String::as_str) == Some(MANAGER)).map(
+        |mut found| {
+            found.types.clone_from(&object.types);
+            found
+        },
+    ))
 }
 
 async fn delete(client: &Client, object: &DynamicObject) -> Result<(), Failure> {
-    let params = DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
+    let params =
+        DeleteParams { propagation_policy: Some(PropagationPolicy::Background), ..DeleteParams::default() };
     let deleted = api_of(client, object)?.delete(&object.name_any(), &params).await;
     fine_if_gone(deleted.map(drop))
         .map_err(|error| kubernetes::failure(format!("cannot delete {}", describe(object)), &error))
@@ -269,9 +286,13 @@ async fn gone(client: &Client, ui: &Ui, object: &DynamicObject) -> Result<(), Fa
     let began = Instant::now();
     while own(client, object).await?.is_some() {
         if began.elapsed() > PATIENCE {
-            return Err(Failure::new(format!("{} is still there after {} s", describe(object), PATIENCE.as_secs()))
-                .because("something holds it back, e.g. a finalizer")
-                .advice(format!("kubectl get {} -o yaml", describe(object))));
+            return Err(Failure::new(format!(
+                "{} is still there after {} s",
+                describe(object),
+                PATIENCE.as_secs()
+            ))
+            .because("something holds it back, e.g. a finalizer")
+            .advice(format!("kubectl get {} -o yaml", describe(object))));
         }
         ui.step(&format!("waiting for {} to go", describe(object)));
         tokio::time::sleep(LOOK).await;

@@ -37,7 +37,8 @@ struct Cluster {
 pub async fn version(global: &Global, ui: &Ui) -> Result<(), Failure> {
     let asked = tokio::time::timeout(PATIENCE, cluster(global)).await;
     let asked = asked.unwrap_or_else(|_| {
-        Err(Failure::new("cannot reach the cluster").because(format!("no answer within {} s", PATIENCE.as_secs())))
+        Err(Failure::new("cannot reach the cluster")
+            .because(format!("no answer within {} s", PATIENCE.as_secs())))
     });
     let client = env!("CARGO_PKG_VERSION");
     let version = match asked {
@@ -49,7 +50,9 @@ pub async fn version(global: &Global, ui: &Ui) -> Result<(), Failure> {
             "forkd {client}\ncluster {}: forkd {}, Kubernetes {}",
             cluster.context, cluster.forkd, cluster.kubernetes
         ),
-        (None, problem) => format!("forkd {client}\ncluster: unknown ({})", problem.as_deref().unwrap_or("no reason")),
+        (None, problem) => {
+            format!("forkd {client}\ncluster: unknown ({})", problem.as_deref().unwrap_or("no reason"))
+        }
     })
 }
 

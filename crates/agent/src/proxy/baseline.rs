@@ -7,6 +7,7 @@ use std::pin::Pin;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::task::{Context, Poll};
 
+use bytes::{Buf, BytesMut};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 use tokio::net::TcpStream;
 
@@ -26,13 +27,15 @@ impl OwnConnections {
         io.set_nodelay(true)?;
         let local = io.local_addr()?;
         self.0.lock().unwrap_or_else(PoisonError::into_inner).insert(local);
-        Ok(Baseline { io, local, own: self.clone() })
+        Ok(Baseline { io, early: BytesMut::new(), local, own: self.clone() })
     }
 }
 
 /// A connection to the application.
 pub(super) struct Baseline {
     pub(super) io: TcpStream,
+    /// What it said while it was not yet known what the connection speaks; read before anything else.
+    pub(super) early: BytesMut,
     local: SocketAddr,
     own: OwnConnections,
 }
@@ -69,6 +72,12 @@ pub(super) fn reset_on_close(socket: &TcpStream) {
 impl<S: AsyncRead + Unpin> AsyncRead for Upstream<S> {
     fn poll_read(self: Pin<&mut Self>, cx: &mut Context<'_>, buf: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
         match self.get_mut() {
+            Self::Baseline(baseline) if !baseline.early.is_empty() => {
+                let part = baseline.early.len().min(buf.remaining());
+                buf.put_slice(&baseline.early[..part]);
+                baseline.early.advance(part);
+                Poll::Ready(Ok(()))
+            }
             Self::Baseline(baseline) => Pin::new(&mut baseline.io).poll_read(cx, buf),
             Self::Laptop(stream) => Pin::new(stream).poll_read(cx, buf),
         }

@@ -1,7 +1,8 @@
 //! What a connection speaks, found out without a timer: whoever speaks first tells.
 //!
-//! The application is dialed at once. If it speaks first, the protocol is none of ours. If the caller does, its first
-//! bytes are HTTP/2's preface, an HTTP/1 request line, or something else.
+//! The application is dialed at once. If it speaks first, the protocol is none of ours, unless it says SETTINGS, which
+//! servers of HTTP/2 may say before they heard anything. If the caller speaks, its first bytes are HTTP/2's preface, an
+//! HTTP/1 request line, or something else.
 
 use std::io;
 use std::sync::Arc;
@@ -56,6 +57,8 @@ const METHODS: &[&str] = &[
 ];
 /// The longest request line that is still taken for one, bytes.
 const MAX_LINE: usize = 32 * 1024;
+/// RFC 9113 §4.1.
+const FRAME_HEADER: usize = 9;
 /// What one read takes.
 const READ: usize = 16 * 1024;
 /// How long a caller may stay silent when the application refused the connection. It may be about to send a keyed
@@ -113,9 +116,8 @@ enum First {
 /// Serves one redirected connection to its end.
 pub(super) async fn serve<D: Deliver>(mut connection: Connection<D>, mut client: TcpStream) {
     let mut sent = BytesMut::new();
-    let mut received = BytesMut::new();
     let mut baseline = None;
-    let first = match listen(&mut connection, &mut client, &mut sent, &mut received, &mut baseline).await {
+    let first = match listen(&mut connection, &mut client, &mut sent, &mut baseline).await {
         Ok(Some(first)) => first,
         Ok(None) => return,
         Err(error) => {
@@ -137,7 +139,7 @@ pub(super) async fn serve<D: Deliver>(mut connection: Connection<D>, mut client:
         }
         First::CallerEnded if sent.is_empty() && table.tcp_probe(connection.port()) => {}
         First::Caller(_) | First::CallerEnded | First::Application | First::Nobody => {
-            opaque(&connection, client, sent, received, baseline).await;
+            opaque(&connection, client, sent, baseline).await;
         }
     }
 }
@@ -147,7 +149,6 @@ async fn listen<D: Deliver>(
     connection: &mut Connection<D>,
     client: &mut TcpStream,
     sent: &mut BytesMut,
-    received: &mut BytesMut,
     baseline: &mut Option<io::Result<Baseline>>,
 ) -> io::Result<Option<First>> {
     let own = connection.shared.counters.own.clone();
@@ -169,7 +170,7 @@ async fn listen<D: Deliver>(
                 }
             }
             dialed = &mut dial, if baseline.is_none() => *baseline = Some(dialed),
-            spoke = spoken(baseline, received) => {
+            spoke = spoken(baseline) => {
                 spoke?;
                 return Ok(Some(First::Application));
             }
@@ -179,17 +180,37 @@ async fn listen<D: Deliver>(
     }
 }
 
-/// Done when the application said something (or ended).
-async fn spoken(baseline: &Option<io::Result<Baseline>>, received: &mut BytesMut) -> io::Result<()> {
+/// Done when the application said something that no server of HTTP/2 begins with (or ended).
+async fn spoken(baseline: &mut Option<io::Result<Baseline>>) -> io::Result<()> {
     let Some(Ok(baseline)) = baseline else { return std::future::pending().await };
-    loop {
+    while begins_settings(&baseline.early) {
+        if baseline.early.len() >= FRAME_HEADER {
+            // It waits for its caller, and so do we.
+            return std::future::pending().await;
+        }
         baseline.io.readable().await?;
-        received.reserve(READ);
-        match baseline.io.try_read_buf(received) {
+        baseline.early.reserve(READ);
+        match baseline.io.try_read_buf(&mut baseline.early) {
+            Ok(0) => return Ok(()),
+            Ok(_) => {}
             Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            read => return read.map(drop),
+            Err(error) => return Err(error),
         }
     }
+    Ok(())
+}
+
+/// True if these bytes are the beginning (or nothing yet) of a SETTINGS frame (RFC 9113 §6.5): a length that is a
+/// multiple of six and not large, type 4, no flag, stream 0.
+fn begins_settings(bytes: &[u8]) -> bool {
+    let fixed = [0, 0, 0, 4, 0, 0, 0, 0, 0];
+    let matches = bytes.iter().zip(fixed).enumerate().all(|(at, (byte, fixed))| match at {
+        1 => *byte <= 1,
+        2 => true,
+        _ => *byte == fixed,
+    });
+    let length = bytes.get(1..3).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
+    matches && length % 6 == 0
 }
 
 /// Done when a caller of a refusing application stayed silent for long enough.
@@ -206,9 +227,9 @@ async fn opaque<D: Deliver>(
     connection: &Connection<D>,
     client: TcpStream,
     sent: BytesMut,
-    received: BytesMut,
     baseline: Option<io::Result<Baseline>>,
 ) {
+    let said = baseline.as_ref().is_some_and(|b| b.as_ref().is_ok_and(|b| !b.early.is_empty()));
     let table = connection.table();
     let port = connection.port();
     match table.opaque(port) {
@@ -222,7 +243,7 @@ async fn opaque<D: Deliver>(
             Err(DeliverError::LaptopGone | DeliverError::Unavailable(_)) => {}
         },
         // Counted for what was said, not for a caller that came and went.
-        None if table.has(port) && !(sent.is_empty() && received.is_empty()) => {
+        None if table.has(port) && (said || !sent.is_empty()) => {
             connection.shared.counters.count_opaque(port);
         }
         None => {}
@@ -232,7 +253,9 @@ async fn opaque<D: Deliver>(
         None => connection.shared.counters.own.dial(connection.original).await,
     };
     match baseline {
-        Ok(baseline) => pump::tunnel::<D::Stream>(client, Upstream::Baseline(baseline), sent, received).await,
+        Ok(baseline) => {
+            pump::tunnel::<D::Stream>(client, Upstream::Baseline(baseline), sent, BytesMut::new()).await
+        }
         Err(error) => {
             tracing::debug!(%error, to = %connection.original, "the application refused");
             reset_on_close(&client);
@@ -285,6 +308,24 @@ mod tests {
             assert_eq!(classify(bytes), None, "{bytes:?}");
         }
         assert_eq!(classify(&[b"GET /", &[b'x'; MAX_LINE][..]].concat()), Some(Opaque));
+    }
+
+    #[test]
+    fn settings_of_an_eager_server_are_no_word_of_another_protocol() {
+        let settings = b"\0\0\x0c\x04\0\0\0\0\0\0\x03\0\0\0\x80";
+        for cut in 0..settings.len() {
+            assert!(begins_settings(&settings[..cut]), "cut at {cut}");
+        }
+        for other in [
+            &b"220 mail ESMTP\r\n"[..],
+            b"\x4a\0\0\0\x0a8.0.36", // MySQL
+            b"SSH-2.0-",
+            b"\0\0\x0c\x04\x01\0\0\0\0", // acknowledges before it was told anything
+            b"\0\0\x0d\x04\0\0\0\0\0",   // no whole settings
+            b"\0\0\x0c\x00\0\0\0\0\0",
+        ] {
+            assert!(!begins_settings(other), "{other:?}");
+        }
     }
 
     #[test]

@@ -63,6 +63,11 @@ fn namespace() -> String {
 
 /// Runs `test` inside a pod of its own.
 pub fn in_pod<F: Future<Output = ()>>(test: impl FnOnce(Outside) -> F + Send + 'static) {
+    // `RUST_LOG=forkd_agent=debug` shows what the agent does. A second test of the same run finds it set.
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::from_default_env())
+        .with_test_writer()
+        .try_init();
     let (send, requests) = mpsc::channel::<(SocketAddr, tokio::sync::oneshot::Sender<_>)>();
     let (name, outside_name) = mpsc::channel();
     let (up, wait_up) = mpsc::channel::<()>();
@@ -267,5 +272,14 @@ pub async fn until(what: &str, mut condition: impl FnMut() -> bool) {
     while !condition() {
         assert!(tokio::time::Instant::now() < deadline, "never: {what}");
         tokio::time::sleep(Duration::from_millis(2)).await;
+    }
+}
+
+/// Waits until nobody listens on this port of the pod.
+pub async fn until_refused(outside: &Outside, port: u16) {
+    let to = format!("{POD}:{port}").parse().unwrap();
+    let deadline = tokio::time::Instant::now() + PATIENCE;
+    while outside.try_connect(to).await.is_ok() {
+        assert!(tokio::time::Instant::now() < deadline, "{to} still accepts");
     }
 }

@@ -4,7 +4,7 @@
 
 use std::fs::{self, DirBuilder, File};
 use std::io;
-use std::os::unix::fs::{DirBuilderExt, MetadataExt};
+use std::os::unix::fs::{DirBuilderExt, MetadataExt, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use nix::fcntl::{Flock, FlockArg};
@@ -46,7 +46,7 @@ pub struct Journal {
 #[derive(Debug, thiserror::Error)]
 pub enum JournalError {
     /// The folder belongs to somebody else, or others may write there.
-    #[error("{FOLDER} is not root's own folder (mode 0700)")]
+    #[error("{FOLDER} is not root's own folder")]
     Folder,
     /// A file of the folder.
     #[error("{what} {path}: {source}")]
@@ -127,8 +127,15 @@ pub fn prepare() -> Result<(), JournalError> {
         return Err(file("make", Path::new(FOLDER), source));
     }
     let meta = fs::symlink_metadata(FOLDER).map_err(|source| file("look at", Path::new(FOLDER), source))?;
-    let own = meta.is_dir() && meta.uid() == 0 && meta.mode() & 0o077 == 0;
-    if own { Ok(()) } else { Err(JournalError::Folder) }
+    if !meta.is_dir() || meta.uid() != 0 {
+        return Err(JournalError::Folder);
+    }
+    if meta.mode() & 0o077 != 0 {
+        // Root's own, but open to others: only its mode is wrong.
+        fs::set_permissions(FOLDER, fs::Permissions::from_mode(0o700))
+            .map_err(|source| file("close", Path::new(FOLDER), source))?;
+    }
+    Ok(())
 }
 
 /// One helper at a time changes things or sweeps.
