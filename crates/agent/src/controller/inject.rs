@@ -9,12 +9,14 @@ use serde_json::{Value, json};
 
 use super::view::{AgentState, AgentView, PodView, Purpose};
 
-/// First wait after an agent failed; doubles each time.
-const BACK_OFF: Duration = Duration::from_secs(5);
+/// Wait after the second failure in a row; doubles each time. After the first there is none: a pod that was routed is to
+/// be routed again at once.
+const BACK_OFF: Duration = Duration::from_secs(1);
 /// Longest wait.
 const MAX_BACK_OFF: Duration = Duration::from_secs(600);
-/// Ephemeral containers cannot be taken out of a pod again, and a pod may not grow for ever.
-const MAX_CONTAINERS: usize = 40;
+/// Ephemeral containers cannot be taken out of a pod again, and a pod may not grow for ever: each takes up to 4 KiB of
+/// the 1.5 MiB that etcd allows an object.
+const MAX_CONTAINERS: usize = 150;
 
 /// How it stands with a pod's agent.
 #[derive(Clone, Debug, PartialEq)]
@@ -76,10 +78,10 @@ pub fn life(
         )),
         // 0: it had nothing to do for a while, or was retired. Work has come back.
         AgentState::Ended { code: 0, .. } => Life::Missing(next),
-        AgentState::Ended { code, at, message } => {
-            let failed =
-                |agent: &&&AgentView| matches!(agent.state, AgentState::Ended { code, .. } if code != 0);
-            let failures = agents.iter().rev().take_while(failed).count();
+        AgentState::Ended { code, at, message, .. } => {
+            let failed = |agent: &&&AgentView| matches!(agent.state, AgentState::Ended { code, ran_long: false, .. } if code != 0);
+            let before = agents.iter().rev().skip(1).take_while(failed).count();
+            let failures = if failed(&last) { 1 + before } else { 1 };
             let wait = back_off(failures);
             let due = at.unwrap_or(now) + SignedDuration::try_from(wait).unwrap_or(SignedDuration::ZERO);
             if due <= now {
@@ -96,7 +98,8 @@ fn is_stuck(agent: &AgentView) -> bool {
 
 /// The wait after so many failures in a row.
 pub fn back_off(failures: usize) -> Duration {
-    let doublings = u32::try_from(failures.saturating_sub(1)).unwrap_or(u32::MAX).min(16);
+    let Some(doublings) = failures.checked_sub(2) else { return Duration::ZERO };
+    let doublings = u32::try_from(doublings).unwrap_or(u32::MAX).min(16);
     (BACK_OFF * 2u32.pow(doublings)).min(MAX_BACK_OFF)
 }
 
@@ -225,7 +228,12 @@ mod tests {
     }
 
     fn ended(code: i32, at: i64) -> AgentState {
-        AgentState::Ended { code, at: Some(Timestamp::from_second(at).unwrap()), message: String::new() }
+        AgentState::Ended {
+            code,
+            at: Some(Timestamp::from_second(at).unwrap()),
+            ran_long: false,
+            message: String::new(),
+        }
     }
 
     fn life_at(pod: &PodView, second: i64) -> Life {
@@ -250,11 +258,17 @@ mod tests {
 
     #[test]
     fn a_failed_agent_gets_a_successor_after_a_growing_wait() {
-        let one = pod(vec![ended(1, 100)]);
-        assert!(matches!(life_at(&one, 104), Life::BackOff(due, _) if due.as_second() == 105));
-        assert_eq!(life_at(&one, 105), Life::Missing(1));
-        let three = pod(vec![ended(0, 50), ended(1, 80), ended(1, 90), ended(1, 100)]);
-        assert!(matches!(life_at(&three, 119), Life::BackOff(due, _) if due.as_second() == 120));
+        assert_eq!(life_at(&pod(vec![ended(1, 100)]), 100), Life::Missing(1), "at once after the first");
+        let two = pod(vec![ended(1, 90), ended(1, 100)]);
+        assert!(matches!(life_at(&two, 100), Life::BackOff(due, _) if due.as_second() == 101));
+        assert_eq!(life_at(&two, 101), Life::Missing(2));
+        let four = pod(vec![ended(0, 50), ended(1, 70), ended(1, 80), ended(1, 90), ended(1, 100)]);
+        assert!(matches!(life_at(&four, 103), Life::BackOff(due, _) if due.as_second() == 104));
+        let mut ran_well = four.clone();
+        if let AgentState::Ended { ran_long, .. } = &mut ran_well.agents[4].state {
+            *ran_long = true;
+        }
+        assert_eq!(life_at(&ran_well, 100), Life::Missing(5), "what ran for long is no failure to start");
         assert_eq!(back_off(1000), MAX_BACK_OFF);
         let idle = pod(vec![ended(1, 80), ended(0, 100)]);
         assert_eq!(life_at(&idle, 100), Life::Missing(2), "one that ended by itself is no failure");

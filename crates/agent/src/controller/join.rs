@@ -207,7 +207,8 @@ mod tests {
         assert!(matches!(join(Some(&young), "10.244.0.7", 161), Err(JoinError::TooLate(_))));
         assert!(matches!(join(Some(&young), "10.244.0.8", 160), Err(JoinError::WrongAddress(_))));
         assert!(join(Some(&pod(None)), "10.244.0.7", 160).is_ok(), "the watch has not shown it yet");
-        let ended = pod(Some(AgentState::Ended { code: 1, at: None, message: String::new() }));
+        let ended =
+            pod(Some(AgentState::Ended { code: 1, at: None, ran_long: false, message: String::new() }));
         assert!(matches!(join(Some(&ended), "10.244.0.7", 160), Err(JoinError::TooLate(_))));
     }
 

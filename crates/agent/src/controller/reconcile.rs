@@ -431,9 +431,12 @@ impl Reconciler {
         let id = purpose.agent_id(&pod.uid);
         let connected = self.hub.is_connected(&id);
         let life = self.life(pod, purpose, memory);
+        // This controller has just started: agents come back, and hear again what they have long been doing.
+        let warming_up = self.hub.age() < LINGER;
         // What an agent said counts while it runs, also when its connection has just broken; not after its end.
         if (connected || life == Life::Running)
             && let Some(report) = self.hub.report(&id, target, ports)
+            && (report.routed || ports.is_empty() || !report.error.is_empty() || !warming_up)
         {
             return AgentInPod::Says(report);
         }
@@ -441,9 +444,9 @@ impl Reconciler {
             return AgentInPod::Refused { forbidden: refusal.forbidden, message: refusal.message.clone() };
         }
         match life {
+            Life::Running if warming_up => AgentInPod::Unknown,
             // Connected, and has said nothing yet.
             Life::Running if connected => AgentInPod::Absent(Life::Starting),
-            Life::Running if self.hub.age() < LINGER => AgentInPod::Unknown,
             life => AgentInPod::Absent(life),
         }
     }

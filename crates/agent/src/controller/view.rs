@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::net::IpAddr;
+use std::time::Duration;
 
 use forkd_api::names;
 use k8s_openapi::api::core::v1::{
@@ -15,6 +16,9 @@ use k8s_openapi::jiff::Timestamp;
 pub const AGENT_PREFIX: &str = "forkd-agent";
 /// Ephemeral containers that read an application's environment begin with this.
 pub const ENV_PREFIX: &str = "forkd-env";
+
+/// An agent that ran for so long had started well.
+const LONG: Duration = Duration::from_secs(60);
 
 /// What an ephemeral container of forkd is there for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -120,7 +124,13 @@ pub enum AgentState {
     /// It runs.
     Running { since: Timestamp },
     /// It has ended, and will not be started again: ephemeral containers never are.
-    Ended { code: i32, at: Option<Timestamp>, message: String },
+    Ended {
+        code: i32,
+        at: Option<Timestamp>,
+        /// It had run for a while ([`LONG`]), so it was no failure to start.
+        ran_long: bool,
+        message: String,
+    },
 }
 
 impl PodView {
@@ -263,8 +273,13 @@ fn state(state: Option<&ContainerState>) -> AgentState {
         // With FallbackToLogsOnError the message is the end of the log; its last line says what went wrong.
         let last = ended.message.as_deref().and_then(|message| message.trim().lines().last());
         let said = last.or(ended.reason.as_deref()).unwrap_or_default();
+        let ran = match (&ended.started_at, &ended.finished_at) {
+            (Some(from), Some(to)) => Duration::try_from(to.0.duration_since(from.0)).unwrap_or_default(),
+            _ => Duration::ZERO,
+        };
         return AgentState::Ended {
             code: ended.exit_code,
+            ran_long: ran >= LONG,
             at: ended.finished_at.as_ref().map(|time| time.0),
             message: said.chars().take(300).collect(),
         };
