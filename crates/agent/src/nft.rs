@@ -17,6 +17,8 @@
 //! The agent's own connections to the application match none of the rules, so they cannot loop.
 //!
 //! Every change is one transaction. NAT is decided when a connection begins: a change moves no connection that is open.
+//! The kernel translates open ones only while the chains are there: they stay, with an empty set, until the last
+//! connection has ended.
 
 use std::collections::BTreeSet;
 use std::io;
@@ -61,7 +63,7 @@ pub enum NftError {
     },
 }
 
-/// The redirect of a pod's ports to the agent. Dropping it removes it.
+/// The redirect of a pod's ports to the agent. Dropping it removes it ([`Redirect::remove`]).
 pub struct Redirect {
     netlink: Netlink,
     to: u16,
@@ -113,14 +115,14 @@ impl Redirect {
         &self.ports
     }
 
-    /// Redirects exactly these ports from here on; none of them removes the table. Calling it again is harmless and
-    /// puts back what somebody else removed.
+    /// Redirects exactly these ports from here on; none is allowed, and leaves redirected connections alive. Calling it
+    /// again is harmless and puts back what somebody else removed.
     ///
     /// # Errors
     /// [`NftError`]; then everything is as it was before the call.
     pub fn apply(&mut self, ports: &BTreeSet<u16>) -> Result<(), NftError> {
-        if ports.is_empty() {
-            return self.remove();
+        if ports.is_empty() && !self.set {
+            return Ok(());
         }
         if self.set && self.exists()? {
             if self.ports != *ports {
@@ -141,7 +143,8 @@ impl Redirect {
         Ok(())
     }
 
-    /// Removes the redirect; connections that it made stay open.
+    /// Removes the table. Connections that it redirected break with it: first [`Self::apply`] no ports and let
+    /// [`Proxy::run`](crate::proxy::Proxy::run) end.
     ///
     /// # Errors
     /// [`NftError`]; then the redirect is still there.
@@ -290,6 +293,9 @@ impl Batch {
     }
 
     fn elements(&mut self, ports: &BTreeSet<u16>) {
+        if ports.is_empty() {
+            return;
+        }
         self.message(NFT_MSG_NEWSETELEM, NLM_F_CREATE, |a| {
             a.text(1, TABLE).text(2, PORTS).number(4, 1).nest(3, |list| {
                 for port in ports {

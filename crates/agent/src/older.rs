@@ -3,6 +3,7 @@
 //! They are counted, and those that a sidecar keeps for reuse are closed while nothing moves on them, so that its next
 //! request comes over a new connection. Everybody else's stay: cutting them would be an outage of our making.
 
+use std::collections::HashSet;
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -79,15 +80,21 @@ pub fn count(port: u16, own: &OwnConnections) -> Result<u32, SocketsError> {
 }
 
 /// Closes connections to the application on `port` that a sidecar (Envoy: from 127.0.0.6 or ::6, or of user 1337 to
-/// the loopback address) holds and on which nothing has moved for `idle_for`, with the application's bytes as the last. A response
-/// that pauses for longer than that looks the same: choose `idle_for` by what the application does.
+/// the loopback address) holds and that did not come through the agent, if nothing has moved on them for `idle_for`
+/// and the application's bytes were the last. A response that pauses for longer looks the same: choose `idle_for` by
+/// what the application does.
 ///
 /// # Errors
 /// [`SocketsError`]; connections closed before it stay closed.
 pub fn close_pooled(port: u16, idle_for: Duration) -> Result<Pooled, SocketsError> {
     let mut diag = open()?;
     let mut pooled = Pooled::default();
-    for socket in established()?.iter().filter(|s| s.remote.port() == port && s.is_sidecars()) {
+    let sockets = established()?;
+    // The sidecar's end of a redirected connection names the same port; the other end tells the two apart.
+    let at_application: HashSet<SocketAddr> =
+        sockets.iter().filter(|s| s.local.port() == port).map(|s| s.remote).collect();
+    let older = |s: &&Socket| s.remote.port() == port && s.is_sidecars() && at_application.contains(&s.local);
+    for socket in sockets.iter().filter(older) {
         if !socket.is_idle(idle_for) {
             pooled.busy += 1;
             continue;

@@ -310,8 +310,9 @@ impl Takeover {
     }
 
     async fn end(mut self) {
-        if let Err(error) = self.redirect.remove() {
-            tracing::error!(%error, "remove the redirect");
+        // The table itself carries the connections that are open: it goes last.
+        if let Err(error) = self.redirect.apply(&BTreeSet::new()) {
+            tracing::error!(%error, "redirect no more connections");
         }
         // The proxy is there until it is told to stop.
         let _ = self.stop.send(());
@@ -319,6 +320,9 @@ impl Takeover {
             Ok(0) => {}
             Ok(cut) => tracing::warn!(cut, "connections were still open at the end"),
             Err(error) => tracing::error!(%error, "the proxy failed"),
+        }
+        if let Err(error) = self.redirect.remove() {
+            tracing::error!(%error, "remove the redirect");
         }
     }
 }

@@ -24,11 +24,14 @@ use lane::Lanes;
 const STREAM_WINDOW: u32 = 256 * 1024;
 /// The same towards a laptop, which is far away: 1 MiB is 400 Mbit/s at 20 ms.
 const LAPTOP_WINDOW: u32 = 1024 * 1024;
-/// Streams of one caller at a time; more wait with the caller. Go, Envoy and nginx allow 100 to 250.
-const STREAMS: u32 = 250;
-/// So large that the windows of the streams are reached first: a laptop that stops reading (a breakpoint) must not hold
-/// up what others send over the same connection.
-const CONNECTION_WINDOW: u32 = STREAMS * LAPTOP_WINDOW;
+/// Streams of one caller at a time; more wait with the caller. Servers of gRPC often have no limit, and callers that
+/// hold hundreds of streams open must not come to a halt.
+const STREAMS: u32 = 1000;
+/// Streams opened before the other end said how many it takes: the least that RFC 9113 §6.5.2 recommends.
+const STREAMS_AT_FIRST: usize = 100;
+/// Bytes that all streams of a connection may hold. So large that the windows of the streams are reached first: a laptop
+/// that stops reading (a breakpoint) must not hold up what others send over the same connection.
+const CONNECTION_WINDOW: u32 = 128 * 1024 * 1024;
 /// The longest list of headers, bytes as RFC 9113 §6.5.2 counts them.
 const MAX_HEADERS: u32 = forkd_core::http1::MAX_HEAD as u32;
 

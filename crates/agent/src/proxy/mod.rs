@@ -110,8 +110,8 @@ impl<D: Deliver> Proxy<D> {
     }
 
     /// Serves until `stop` is done, then waits up to `grace` for the open connections to end by themselves; HTTP/1
-    /// ends at the next idle moment, HTTP/2 says GOAWAY. Remove the redirect first. Gives the number of connections
-    /// that were cut.
+    /// ends at the next idle moment, HTTP/2 says GOAWAY. Redirect no ports before, and remove the redirect after:
+    /// it carries the open connections. Gives the number of connections that were cut.
     pub async fn run(self, stop: impl Future<Output = ()>, grace: Duration) -> usize {
         let mut connections = JoinSet::new();
         let (draining, drain) = tokio::sync::watch::channel(false);

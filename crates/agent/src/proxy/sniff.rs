@@ -154,6 +154,7 @@ async fn listen<D: Deliver>(
     let own = connection.shared.counters.own.clone();
     let mut dial = std::pin::pin!(own.dial(connection.original));
     loop {
+        let refused = matches!(baseline, Some(Err(_))) && sent.is_empty();
         // Memory is asked for when there is something to read: connections may stay silent by the thousand.
         tokio::select! {
             biased;
@@ -174,7 +175,7 @@ async fn listen<D: Deliver>(
                 spoke?;
                 return Ok(Some(First::Application));
             }
-            () = silence(baseline, sent) => return Ok(Some(First::Nobody)),
+            () = tokio::time::sleep(SILENCE_AFTER_REFUSAL), if refused => return Ok(Some(First::Nobody)),
             () = drained(&mut connection.draining) => return Ok(None),
         }
     }
@@ -211,15 +212,6 @@ fn begins_settings(bytes: &[u8]) -> bool {
     });
     let length = bytes.get(1..3).map_or(0, |b| u16::from_be_bytes([b[0], b[1]]));
     matches && length % 6 == 0
-}
-
-/// Done when a caller of a refusing application stayed silent for long enough.
-async fn silence(baseline: &Option<io::Result<Baseline>>, sent: &BytesMut) {
-    if matches!(baseline, Some(Err(_))) && sent.is_empty() {
-        tokio::time::sleep(SILENCE_AFTER_REFUSAL).await;
-    } else {
-        std::future::pending().await
-    }
 }
 
 /// Passes what is not HTTP: to the laptop that takes everything, else to the application.

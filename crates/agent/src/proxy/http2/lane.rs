@@ -11,7 +11,7 @@ use h2::client::SendRequest;
 use tokio::sync::{Mutex, Notify};
 use tokio::task::JoinSet;
 
-use super::{CONNECTION_WINDOW, LAPTOP_WINDOW, MAX_HEADERS, STREAM_WINDOW};
+use super::{CONNECTION_WINDOW, LAPTOP_WINDOW, MAX_HEADERS, STREAM_WINDOW, STREAMS_AT_FIRST};
 use crate::proxy::baseline::{Baseline, Upstream};
 use crate::proxy::{Connection, Deliver, DeliverError, sniff};
 
@@ -141,6 +141,7 @@ impl<D: Deliver> Lanes<D> {
             .initial_window_size(window)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_header_list_size(MAX_HEADERS)
+            .initial_max_send_streams(STREAMS_AT_FIRST)
             .enable_push(false)
             .handshake(upstream)
             .await?;

@@ -260,6 +260,7 @@ async fn pass(mut from: RecvStream, mut to: SendStream<Bytes>) -> Result<(), Bro
 
 fn broken(error: &h2::Error, to: &mut SendStream<Bytes>) -> Broken {
     let reason = reason(error);
+    tracing::debug!(%error, %reason, "a stream broke");
     to.send_reset(reason);
     Broken::From(reason)
 }
