@@ -3,10 +3,10 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::cluster::{SHOP, kubectl, pods_of, rolled_out, script, target_ready, text};
+use crate::harness::cluster::{SHOP, kill_on_node, kubectl, node_processes, pods_of, rolled_out, script, target_ready, text};
 use crate::harness::process::run;
 use crate::harness::shop::Server;
-use crate::harness::test::{no_trace, processes_of_the_machine};
+use crate::harness::test::no_trace;
 use crate::harness::wait::so;
 use crate::harness::{Laptop, Process, eventually, inside, on_laptop};
 
@@ -166,9 +166,9 @@ fn a_pod_that_is_deleted_has_a_successor_that_is_routed() {
 fn an_agent_that_is_killed_takes_its_redirect_along_and_has_a_successor() {
     on_laptop(|laptop| {
         let _cart = intercepted(laptop, &[]);
-        let agents = processes_of_the_machine("/forkd-agent agent");
-        assert_eq!(agents.len(), 2, "one agent for each pod of cart");
-        end(&agents);
+        let agents = node_processes("/forkd-agent agent");
+        assert!(agents.len() >= 2, "an agent for each pod of cart: {agents:?}");
+        kill_on_node(&agents);
         eventually("the application answers by itself, or a new agent lets it", || {
             let line = inside().http("cart:8080", "");
             so(line.from() == "cluster", || format!("{line:?}"))

@@ -142,3 +142,17 @@ pub fn target_ready(service: &str) -> Value {
 pub fn text(value: &Value) -> String {
     value.as_str().unwrap_or_else(|| panic!("{value} should be a string")).to_owned()
 }
+
+/// The node's processes with exactly this command line (a pattern). The node numbers its processes by itself.
+#[track_caller]
+pub fn node_processes(pattern: &str) -> Vec<String> {
+    let found = run(script().args(["node", "pgrep", "--full", "--exact", pattern]), None);
+    assert!(matches!(found.code, 0 | 1), "{found}");
+    found.stdout.lines().map(str::to_owned).collect()
+}
+
+/// Kills processes of the node.
+#[track_caller]
+pub fn kill_on_node(pids: &[String]) {
+    run(script().args(["node", "kill", "-9"]).args(pids), None).ok();
+}

@@ -2,7 +2,6 @@
 
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::path::Path;
-use std::process::Command;
 use std::sync::{Mutex, PoisonError};
 
 use nix::sys::signal::Signal;
@@ -190,10 +189,4 @@ pub fn cluster_logs() -> String {
 /// The administrator on alice's laptop.
 pub fn as_administrator(laptop: &Laptop) -> Laptop {
     laptop.with_kubeconfig(&administrator())
-}
-
-/// A process of the machine by its command line, in whatever namespace it lives.
-pub fn processes_of_the_machine(pattern: &str) -> Vec<i32> {
-    let found = Command::new("pgrep").args(["--full", "--exact", pattern]).output().expect("pgrep runs");
-    String::from_utf8_lossy(&found.stdout).lines().filter_map(|line| line.parse().ok()).collect()
 }
