@@ -1,5 +1,5 @@
 # Sourced by the scripts here: where things are, how progress is said.
-# shellcheck shell=bash
+# shellcheck shell=bash disable=SC2034 # those who source this use them
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 cache=${FORKD_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/forkd}
 export CARGO_TARGET_DIR=${CARGO_TARGET_DIR:-$cache/target}
