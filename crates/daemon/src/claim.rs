@@ -144,7 +144,9 @@ impl Claimant {
             }
             let held = api.get_opt(&name).await.map_err(|error| kubernetes::failure(cannot(), &error))?;
             match held {
-                Some(held) if held.meta().deletion_timestamp.is_some() => self.gone(&api, &name).await?,
+                Some(held) if held.meta().deletion_timestamp.is_some() => {
+                    self.gone(&api, &name, held.uid()).await?
+                }
                 Some(held) if self.is_ours(&held) => return self.replace(&api, &name, &spec).await,
                 Some(held) => return Err(taken(&held, cannot())),
                 None => {}
@@ -245,18 +247,20 @@ impl Claimant {
             kubernetes::failure(format!("cannot leave {service} in {namespace}"), error)
         };
         let held = api.get_opt(&name).await.map_err(|error| failed(&error))?;
-        let Some(held) = held.filter(|held| self.is_ours(held)) else { return Ok(false) };
-        let only_this = Preconditions { uid: held.uid(), resource_version: None };
-        match api.delete(&name, &DeleteParams::default().preconditions(only_this)).await {
-            // 409: somebody else claimed it since; theirs is not ours to delete.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
-            Err(error) => return Err(failed(&error)),
-            Ok(_) => self.gone(&api, &name).await?,
+        let held = held.filter(|held| self.is_ours(held));
+        if let Some(held) = &held {
+            let only_this = Preconditions { uid: held.uid(), resource_version: None };
+            match api.delete(&name, &DeleteParams::default().preconditions(only_this)).await {
+                // 409: somebody else claimed it since; theirs is not ours to delete.
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => {}
+                Err(error) => return Err(failed(&error)),
+                Ok(_) => self.gone(&api, &name, held.uid()).await?,
+            }
         }
         if and_fork {
             self.drop_fork(fork).await?;
         }
-        Ok(true)
+        Ok(held.is_some())
     }
 
     /// Deletes the Fork if no target is left in it.
@@ -276,12 +280,8 @@ impl Claimant {
         }
     }
 
-    async fn gone(&self, api: &Api<ForkTarget>, name: &str) -> Result<(), Failure> {
-        let uid = match api.get_opt(name).await {
-            Ok(Some(target)) => target.uid(),
-            Ok(None) => return Ok(()),
-            Err(error) => return Err(kubernetes::failure("cannot see whether it is gone", &error)),
-        };
+    /// Waits until the object with this uid is gone, whatever has its name then.
+    async fn gone(&self, api: &Api<ForkTarget>, name: &str, uid: Option<String>) -> Result<(), Failure> {
         kubernetes::wait_for(api, name, Instant::now() + GONE, |target| match target {
             Watched::Object(target) if target.uid() == uid => None,
             _ => Some(()),

@@ -2,7 +2,7 @@
 //!
 //! The command sends a [`Request`] inside a [`Call`]; the daemon answers with any number of [`Reply::Progress`] and
 //! [`Reply::Note`] and one [`Reply::Done`] or [`Reply::Error`]. Then the next request may follow. A request whose
-//! command goes away is undone; so is an intercept made with [`Intercept::attached`] as soon as its connection closes.
+//! command goes away is dropped; an intercept made with [`Intercept::attached`] ends as soon as its connection closes.
 
 use std::io;
 use std::path::Path;
@@ -320,15 +320,16 @@ fn lost() -> Failure {
 
 /// What answers requests on the daemon's side.
 pub trait Handler {
-    /// Answers one request. May be dropped at any await when the command goes away; [`Handler::abandoned`] follows.
+    /// Answers one request. Dropped at any await when the command goes away: it undoes by itself what it has begun, as
+    /// it does when it fails.
     fn handle(
         &self,
         request: Request,
         progress: Progress,
     ) -> impl Future<Output = Result<Value, Failure>> + Send;
 
-    /// The command went away in the middle of `request`, or after one that was to last as long as its connection.
-    fn abandoned(&self, request: Request) -> impl Future<Output = ()> + Send;
+    /// The connection of an intercept that was to last as long as it has closed.
+    fn abandoned(&self, intercept: Intercept) -> impl Future<Output = ()> + Send;
 }
 
 /// Serves one connection until it ends.
@@ -339,8 +340,8 @@ pub async fn serve(stream: UnixStream, handler: &impl Handler) -> Result<(), Con
     let mut socket = Socket::from(stream);
     let mut held = Vec::new();
     let result = converse(&mut socket, handler, &mut held).await;
-    for request in held {
-        handler.abandoned(request).await;
+    for intercept in held {
+        handler.abandoned(intercept).await;
     }
     result
 }
@@ -348,7 +349,7 @@ pub async fn serve(stream: UnixStream, handler: &impl Handler) -> Result<(), Con
 async fn converse(
     socket: &mut Socket,
     handler: &impl Handler,
-    held: &mut Vec<Request>,
+    held: &mut Vec<Intercept>,
 ) -> Result<(), ControlError> {
     while let Some(call) = socket.read::<Value>().await? {
         let call = match understand(call) {
@@ -358,11 +359,6 @@ async fn converse(
                 continue;
             }
         };
-        // Held from the start: whoever goes away in the middle gets undone what has been done so far.
-        let undo = undone_when_gone(&call);
-        if undo {
-            held.push(call.clone());
-        }
         let (progress, mut heard) = Progress::channel();
         let answer = {
             let mut work = std::pin::pin!(handler.handle(call.clone(), progress));
@@ -378,25 +374,14 @@ async fn converse(
         while let Ok(reply) = heard.try_recv() {
             socket.write(&reply).await?;
         }
-        let failed = answer.is_err();
-        let reply = answer.map_or_else(Reply::Error, |value| Reply::Done { value });
-        socket.write(&reply).await?;
-        let stays = matches!(&call, Request::Intercept(intercept) if intercept.attached);
-        if undo && (failed || !stays) {
-            held.pop();
+        match (&call, answer.is_ok()) {
+            (Request::Intercept(intercept), true) if intercept.attached => held.push(intercept.clone()),
+            (Request::Leave(leave), true) => held.retain(|one| one.service != leave.service),
+            _ => {}
         }
-        if let Request::Leave(leave) = &call {
-            held.retain(
-                |other| !matches!(other, Request::Intercept(intercept) if intercept.service == leave.service),
-            );
-        }
+        socket.write(&answer.map_or_else(Reply::Error, |value| Reply::Done { value })).await?;
     }
     Ok(())
-}
-
-/// A request that leaves something behind on the cluster while it is under way.
-fn undone_when_gone(request: &Request) -> bool {
-    matches!(request, Request::Intercept(_) | Request::Connect { .. })
 }
 
 fn understand(call: Value) -> Result<Request, Failure> {

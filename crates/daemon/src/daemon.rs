@@ -16,7 +16,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use tokio::sync::{Mutex, watch};
 use tokio::task::JoinSet;
 
-use crate::control::{self, Handler, Left, Progress, Reply, Request};
+use crate::control::{self, Handler, Intercept, Left, Progress, Reply, Request};
 use crate::failure::{Exit, Failure};
 use crate::helper::HelperClient;
 use crate::kubernetes::{Choice, Target};
@@ -273,11 +273,9 @@ impl Handler for Daemon {
     async fn handle(&self, request: Request, progress: Progress) -> Result<Value, Failure> {
         match request {
             Request::Connect { namespace } => {
-                let result = self.connect(namespace, &progress).await;
-                if result.is_err() {
-                    self.end_if_idle();
-                }
-                result
+                // Also when it is dropped: whoever asked for it is gone.
+                let _end = EndIfIdle(self);
+                self.connect(namespace, &progress).await
             }
             Request::Status => value(&self.session()?.status(&self.log).await),
             Request::Intercept(wanted) => {
@@ -299,16 +297,20 @@ impl Handler for Daemon {
         }
     }
 
-    async fn abandoned(&self, request: Request) {
-        match request {
-            Request::Intercept(wanted) => {
-                if let Ok(session) = self.session() {
-                    let namespace = wanted.namespace.clone().unwrap_or_else(|| session.namespace());
-                    session.intercepts.abandon(&wanted, namespace).await;
-                }
-            }
-            Request::Connect { .. } => self.end_if_idle(),
-            _ => {}
+    async fn abandoned(&self, wanted: Intercept) {
+        // Without a session there is nothing left to give back.
+        if let Ok(session) = self.session() {
+            let namespace = wanted.namespace.clone().unwrap_or_else(|| session.namespace());
+            session.intercepts.abandon(&wanted, namespace).await;
         }
+    }
+}
+
+/// See [`Daemon::end_if_idle`].
+struct EndIfIdle<'a>(&'a Daemon);
+
+impl Drop for EndIfIdle<'_> {
+    fn drop(&mut self) {
+        self.0.end_if_idle();
     }
 }

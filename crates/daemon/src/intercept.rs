@@ -8,8 +8,6 @@ use forkd_api::{ForkTarget, ForkTargetSpec, OnUnavailable, TargetPort as SpecPor
 use forkd_tunnel::identity::Identity;
 use forkd_tunnel::stream;
 use forkd_wire::tunnel::{Environment, Open, open};
-use k8s_openapi::api::core::v1::{Pod, Service};
-use kube::api::ListParams;
 use kube::{Api, ResourceExt};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -20,7 +18,8 @@ use crate::dataplane::SharedPlane;
 use crate::deliver::{self, Delivery, Targets};
 use crate::failure::{Exit, Failure};
 use crate::kubernetes::{self, Watched};
-use crate::ports::{self, Mapping, PortError, TargetPort};
+use crate::ports::Mapping;
+use crate::service;
 use crate::session::Problems;
 use crate::status;
 
@@ -141,7 +140,7 @@ impl Intercepts {
     /// Takes a Service's requests, in this order: what the Service is; the claim; the agents; the environment.
     ///
     /// # Errors
-    /// [`Failure`] of the first step that fails. What was done until then is *not* undone: see [`Self::leave`].
+    /// [`Failure`] of the first step that fails; what was done until then has been undone. So it is when this is dropped.
     pub async fn intercept(
         &self,
         wanted: &Intercept,
@@ -160,15 +159,88 @@ impl Intercepts {
                 ))
                 .advice("end that command, or choose another fork with --fork"));
         }
+        let mut undo = Undo { intercepts: self.clone(), key: key.clone(), armed: false, made_fork: false };
+        let result = self.steps(&key, wanted, &cannot, &mut undo, progress).await;
+        match &result {
+            Ok(_) => undo.armed = false,
+            Err(_) => undo.now(progress).await,
+        }
+        result
+    }
+
+    /// See [`Self::intercept`]. Arms `undo` as soon as there is something to undo.
+    async fn steps(
+        &self,
+        key: &Key,
+        wanted: &Intercept,
+        cannot: &str,
+        undo: &mut Undo,
+        progress: &Progress,
+    ) -> Result<Intercepted, Failure> {
+        let shared = &self.0;
         progress.step(format!("{}: looking at the Service", key.service));
-        let (mappings, container_ports) = self.resolve(&key, wanted, &cannot).await?;
+        let (mappings, container_ports) =
+            service::resolve(&shared.claimant.client, &key.namespace, wanted, cannot).await?;
         if !wanted.attached {
             warn_about_silent_ports(&mappings, progress).await;
         }
-
-        let spec = ForkTargetSpec {
+        progress.step(format!("{}: claiming it for the fork {}", key.service, key.fork));
+        undo.armed = true;
+        let (fork, made_fork) =
+            shared.claimant.fork(&key.fork).await.map_err(|failure| failure.while_doing(cannot))?;
+        undo.made_fork = made_fork;
+        let spec = self.spec(key, wanted, &mappings);
+        let target = shared.claimant.claim(&key.namespace, &fork, spec.clone()).await?;
+        let ports: Vec<InterceptedPort> = mappings
+            .iter()
+            .map(|m| InterceptedPort { port: m.port, laptop_port: m.laptop, http: m.http })
+            .collect();
+        let delivery = Delivery {
+            namespace: key.namespace.clone(),
+            service: key.service.clone(),
+            ports: container_ports,
+        };
+        self.hold(
+            key,
+            Held {
+                order: 0,
+                uid: target.uid().unwrap_or_default(),
+                spec,
+                ports: ports.clone(),
+                delivery,
+                made_fork,
+                attached: wanted.attached,
+                seen: Some(target.clone()),
+                follow: None,
+            },
+        );
+        let target =
+            shared.claimant.ready(&key.namespace, &key.service, &target.name_any(), progress).await?;
+        shared.observe(key, &target);
+        let environment = match wanted.environment {
+            true => {
+                self.environment(&target, progress).await.map_err(|failure| failure.while_doing(cannot))?
+            }
+            false => Vec::new(),
+        };
+        say_what_stays(&target, progress).await;
+        tracing::info!(service = key.service, namespace = key.namespace, fork = key.fork, "intercepted");
+        Ok(Intercepted {
             fork: key.fork.clone(),
-            owner: shared.claimant.owner.clone(),
+            namespace: key.namespace.clone(),
+            service: key.service.clone(),
+            ports,
+            all: wanted.all,
+            routed: target.status.map(|status| status.routed).unwrap_or_default(),
+            environment,
+        })
+    }
+
+    fn spec(&self, key: &Key, wanted: &Intercept, mappings: &[Mapping]) -> ForkTargetSpec {
+        let claimant = &self.0.claimant;
+        ForkTargetSpec {
+            fork: key.fork.clone(),
+            owner: claimant.owner.clone(),
             service: key.service.clone(),
             ports: mappings
                 .iter()
@@ -180,139 +252,21 @@ impl Intercepts {
             } else {
                 OnUnavailable::Error
             },
-            laptop: shared.claimant.laptop.clone(),
+            laptop: claimant.laptop.clone(),
             environment_of: wanted.environment.then(String::new),
-        };
-        progress.step(format!("{}: claiming it for the fork {}", key.service, key.fork));
-        let (fork, made_fork) =
-            shared.claimant.fork(&key.fork).await.map_err(|failure| failure.while_doing(&cannot))?;
-        let target = shared.claimant.claim(&key.namespace, &fork, spec.clone()).await?;
-        let delivery = Delivery {
-            namespace: key.namespace.clone(),
-            service: key.service.clone(),
-            ports: container_ports,
-        };
-        let ports: Vec<InterceptedPort> = mappings
-            .iter()
-            .map(|m| InterceptedPort { port: m.port, laptop_port: m.laptop, http: m.http })
-            .collect();
-        self.hold(&key, &target, spec, ports.clone(), delivery, made_fork, wanted.attached);
-
-        let target =
-            shared.claimant.ready(&key.namespace, &key.service, &target.name_any(), progress).await?;
-        shared.observe(&key, &target);
-        let environment = match wanted.environment {
-            true => {
-                self.environment(&target, progress).await.map_err(|failure| failure.while_doing(&cannot))?
-            }
-            false => Vec::new(),
-        };
-        say_what_stays(&target, progress).await;
-        tracing::info!(service = key.service, namespace = key.namespace, fork = key.fork, "intercepted");
-        Ok(Intercepted {
-            fork: key.fork,
-            namespace: key.namespace,
-            service: key.service,
-            ports,
-            all: wanted.all,
-            routed: target.status.map(|status| status.routed).unwrap_or_default(),
-            environment,
-        })
+        }
     }
 
-    /// The Service's ports, and the numbers that they have in containers.
-    async fn resolve(
-        &self,
-        key: &Key,
-        wanted: &Intercept,
-        cannot: &str,
-    ) -> Result<(Vec<Mapping>, BTreeMap<u16, u16>), Failure> {
-        let client = &self.0.claimant.client;
-        let services = Api::<Service>::namespaced(client.clone(), &key.namespace);
-        let service = match services.get_opt(&key.service).await {
-            Ok(Some(service)) => service,
-            Ok(None) => return Err(no_such_service(&services, key, cannot).await),
-            Err(error) => return Err(kubernetes::failure(cannot, &error)),
-        };
-        let selector = service.spec.as_ref().and_then(|spec| spec.selector.clone()).unwrap_or_default();
-        if selector.is_empty() {
-            return Err(Failure::new(cannot)
-                .because("the Service selects no pods (it has no selector), so there is no pod to act as")
-                .advice("intercept the Service that its traffic goes to"));
-        }
-        let mappings = ports::resolve(&service, &wanted.ports, wanted.all).map_err(|error| {
-            let failure = Failure::new(cannot).because(&error);
-            match error {
-                PortError::Ambiguous { .. } => {
-                    failure.advice("say which: --port LAPTOP:REMOTE").exit(Exit::Usage)
-                }
-                PortError::NoSuchPort { .. } => {
-                    failure.advice("--port LAPTOP:REMOTE with one of them").exit(Exit::Usage)
-                }
-                PortError::Twice { .. } => failure.exit(Exit::Usage),
-                PortError::NotHttp { .. } => {
-                    failure.advice("take everything that comes to it, of everybody: --all").exit(Exit::Usage)
-                }
-                PortError::NoPorts | PortError::NotTcp { .. } => failure,
-            }
-        })?;
-        let labels: Vec<String> = selector.iter().map(|(name, value)| format!("{name}={value}")).collect();
-        let only = ListParams::default().labels(&labels.join(","));
-        let pods = Api::<Pod>::namespaced(client.clone(), &key.namespace)
-            .list(&only)
-            .await
-            .map_err(|error| kubernetes::failure(cannot, &error))?;
-        if pods.items.is_empty() {
-            return Err(Failure::new(cannot)
-                .because(format!(
-                    "no pod runs for it: nothing in {} has the labels {}",
-                    key.namespace,
-                    labels.join(",")
-                ))
-                .advice(format!(
-                    "start one, e.g. `kubectl scale deployment -n {} --replicas=1 …`",
-                    key.namespace
-                )));
-        }
-        let container_ports = container_ports(&mappings, &pods.items);
-        if container_ports.is_empty() {
-            return Err(
-                Failure::new(cannot).because("no container has a port of the name that the Service names")
-            );
-        }
-        Ok((mappings, container_ports))
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "one caller; a struct would be `Held` once more")]
-    fn hold(
-        &self,
-        key: &Key,
-        target: &ForkTarget,
-        spec: ForkTargetSpec,
-        ports: Vec<InterceptedPort>,
-        delivery: Delivery,
-        made_fork: bool,
-        attached: bool,
-    ) {
+    /// Serves and follows a target from here on; in place of what this laptop held before under the same key.
+    fn hold(&self, key: &Key, mut mine: Held) {
         let shared = &self.0;
-        let uid = target.uid().unwrap_or_default();
         let before = shared.forget(key);
-        shared.targets.put(uid.clone(), delivery.clone());
+        mine.made_fork |= before.is_some_and(|before| before.made_fork);
+        shared.targets.put(mine.uid.clone(), mine.delivery.clone());
+        let name = names::target(&key.fork, &key.service);
+        mine.follow = Some(tokio::spawn(follow(Arc::downgrade(shared), key.clone(), name)).abort_handle());
         let mut held = shared.held();
-        let order = held.values().map(|held| held.order).max().unwrap_or_default() + 1;
-        let follow = tokio::spawn(follow(Arc::downgrade(shared), key.clone(), target.name_any()));
-        let made_fork = made_fork || before.is_some_and(|before| before.made_fork);
-        let mine = Held {
-            order,
-            uid,
-            spec,
-            ports,
-            delivery,
-            made_fork,
-            attached,
-            seen: Some(target.clone()),
-            follow: Some(follow.abort_handle()),
-        };
+        mine.order = held.values().map(|held| held.order).max().unwrap_or_default() + 1;
         held.insert(key.clone(), mine);
     }
 
@@ -375,7 +329,7 @@ impl Intercepts {
         }
         let mut left = Vec::new();
         for key in matching {
-            left.push(self.give_back(&key, progress).await?);
+            left.push(self.give_back(&key, false, progress).await?);
         }
         Ok(left)
     }
@@ -388,7 +342,7 @@ impl Intercepts {
         let all: Vec<Key> = self.0.held().keys().cloned().collect();
         let (mut left, mut failed) = (Vec::new(), None);
         for key in all {
-            match self.give_back(&key, progress).await {
+            match self.give_back(&key, false, progress).await {
                 Ok(one) => left.push(one),
                 Err(failure) => failed = failed.or(Some(failure)),
             }
@@ -396,24 +350,32 @@ impl Intercepts {
         (left, failed)
     }
 
-    /// Undoes an intercept whose command went away, however far it had come.
+    /// Gives back an intercept that was to last as long as its command's connection.
     pub async fn abandon(&self, wanted: &Intercept, namespace: String) {
         let Ok(fork) = self.fork_id(wanted.fork.as_deref()) else { return };
         let key = Key { namespace, service: wanted.service.clone(), fork };
-        // One that another command holds is not this one's to undo.
-        if self.0.held().get(&key).is_some_and(|held| held.attached && !wanted.attached) {
-            return;
+        // It may have been left by `forkd leave`, and taken anew without a command.
+        if self.0.held().get(&key).is_some_and(|held| held.attached) {
+            tracing::info!(service = key.service, fork = key.fork, "the command is gone");
+            self.give_back_unheard(&key, false).await;
         }
-        tracing::info!(service = key.service, fork = key.fork, "the command is gone");
-        let (progress, _unheard) = Progress::channel();
-        if let Err(failure) = self.give_back(&key, &progress).await {
+    }
+
+    /// Gives back where nobody waits for the answer.
+    async fn give_back_unheard(&self, key: &Key, made_fork: bool) {
+        if let Err(failure) = self.give_back(key, made_fork, &Progress::channel().0).await {
             self.0.problems.set(&format!("{}.{}", key.service, key.namespace), Some(failure.one_line()));
         }
     }
 
-    async fn give_back(&self, key: &Key, progress: &Progress) -> Result<LeftTarget, Failure> {
+    async fn give_back(
+        &self,
+        key: &Key,
+        made_fork: bool,
+        progress: &Progress,
+    ) -> Result<LeftTarget, Failure> {
         progress.step(format!("leaving {}", key.service));
-        let made_fork = self.0.forget(key).is_some_and(|held| held.made_fork);
+        let made_fork = self.0.forget(key).is_some_and(|held| held.made_fork) || made_fork;
         let others = self.0.held().keys().any(|other| other.fork == key.fork);
         self.0.claimant.release(&key.namespace, &key.service, &key.fork, made_fork && !others).await?;
         tracing::info!(service = key.service, namespace = key.namespace, fork = key.fork, "left");
@@ -430,6 +392,34 @@ impl Intercepts {
         let mut sorted: Vec<(&Key, &Held)> = held.iter().collect();
         sorted.sort_unstable_by_key(|(_, held)| held.order);
         sorted.into_iter().map(|(key, held)| describe(key, held)).collect()
+    }
+}
+
+/// Gives back an intercept that failed, or whose command went away while it was being made.
+struct Undo {
+    intercepts: Intercepts,
+    key: Key,
+    armed: bool,
+    made_fork: bool,
+}
+
+impl Undo {
+    async fn now(&mut self, progress: &Progress) {
+        if self.armed {
+            if let Err(failure) = self.intercepts.give_back(&self.key, self.made_fork, progress).await {
+                progress.note(format!("not undone: {}", failure.one_line())).await;
+            }
+            self.armed = false;
+        }
+    }
+}
+
+impl Drop for Undo {
+    fn drop(&mut self) {
+        if self.armed {
+            let (intercepts, key, made_fork) = (self.intercepts.clone(), self.key.clone(), self.made_fork);
+            tokio::spawn(async move { intercepts.give_back_unheard(&key, made_fork).await });
+        }
     }
 }
 
@@ -507,75 +497,6 @@ async fn reclaim(shared: &Shared, key: &Key) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Container port → laptop port. A name may stand for another number in each pod.
-fn container_ports(mappings: &[Mapping], pods: &[Pod]) -> BTreeMap<u16, u16> {
-    let mut ports = BTreeMap::new();
-    for mapping in mappings {
-        match &mapping.target {
-            TargetPort::Number(number) => {
-                ports.insert(*number, mapping.laptop);
-            }
-            TargetPort::Name(name) => {
-                let containers = pods.iter().filter_map(|pod| pod.spec.as_ref()).flat_map(|spec| {
-                    // A sidecar is an init container that goes on; it may have the port, too.
-                    spec.containers.iter().chain(spec.init_containers.iter().flatten())
-                });
-                let named = containers
-                    .flat_map(|container| container.ports.iter().flatten())
-                    .filter(|port| port.name.as_deref() == Some(name))
-                    .filter_map(|port| u16::try_from(port.container_port).ok());
-                ports.extend(named.map(|number| (number, mapping.laptop)));
-            }
-        }
-    }
-    ports
-}
-
-async fn no_such_service(services: &Api<Service>, key: &Key, cannot: &str) -> Failure {
-    let failure = Failure::new(cannot)
-        .because(format!("there is no Service {} in the namespace {}", key.service, key.namespace));
-    // Only to help: users who may not list get the message without it.
-    let names: Vec<String> = match services.list(&ListParams::default()).await {
-        Ok(list) => list.items.iter().map(ResourceExt::name_any).collect(),
-        Err(_) => Vec::new(),
-    };
-    let near = similar(&key.service, &names);
-    match (near.is_empty(), names.is_empty()) {
-        (false, _) => failure.advice(format!("did you mean {}?", near.join(" or "))),
-        (true, false) => failure.advice(format!("there are: {}; others with --namespace", names.join(", "))),
-        (true, true) => failure.advice("name the Service's namespace with --namespace"),
-    }
-}
-
-/// Names that a typing error or a left-out part may have come from, best first, three at most.
-fn similar(wanted: &str, names: &[String]) -> Vec<String> {
-    let mut near: Vec<(usize, &String)> = names
-        .iter()
-        .filter_map(|name| {
-            let distance = edits(wanted, name);
-            let part = name.contains(wanted) || wanted.contains(name.as_str());
-            (part || distance <= wanted.len().div_ceil(3)).then_some((distance, name))
-        })
-        .collect();
-    near.sort_unstable();
-    near.into_iter().take(3).map(|(_, name)| name.clone()).collect()
-}
-
-/// Edits from one text to the other (Levenshtein), by bytes: names of Services are ASCII.
-fn edits(a: &str, b: &str) -> usize {
-    let mut row: Vec<usize> = (0..=b.len()).collect();
-    for (i, x) in a.bytes().enumerate() {
-        let mut diagonal = i;
-        row[0] = i + 1;
-        for (j, y) in b.bytes().enumerate() {
-            let change = diagonal + usize::from(x != y);
-            diagonal = row[j + 1];
-            row[j + 1] = change.min(row[j] + 1).min(diagonal + 1);
-        }
-    }
-    row[b.len()]
-}
-
 /// Without a command the process may come later; that it is not there yet is worth a word.
 async fn warn_about_silent_ports(mappings: &[Mapping], progress: &Progress) {
     for mapping in mappings {
@@ -606,36 +527,5 @@ async fn say_what_stays(target: &ForkTarget, progress: &Progress) {
         progress
             .note("some connections turned out not to be HTTP: they stay with the pod (--all takes them)")
             .await;
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-    use k8s_openapi::api::core::v1::{Container, ContainerPort, PodSpec};
-
-    fn pod(name: &str, number: i32) -> Pod {
-        let port = ContainerPort { name: Some(name.into()), container_port: number, ..Default::default() };
-        let container = Container { ports: Some(vec![port]), ..Default::default() };
-        Pod {
-            spec: Some(PodSpec { containers: vec![container], ..Default::default() }),
-            ..Default::default()
-        }
-    }
-
-    #[test]
-    fn a_named_port_leads_to_the_laptop_by_every_number_it_has() {
-        let mapping = Mapping { port: 80, target: TargetPort::Name("web".into()), laptop: 3000, http: true };
-        let pods = [pod("web", 8080), pod("web", 9090), pod("admin", 1)];
-        assert_eq!(container_ports(&[mapping], &pods), [(8080, 3000), (9090, 3000)].into());
-    }
-
-    #[test]
-    fn a_typing_error_is_met_with_the_names_that_come_near() {
-        let names = ["cart", "card", "price", "web", "cart-admin"].map(str::to_owned);
-        assert_eq!(similar("crat", &names), ["card", "cart"]);
-        assert_eq!(similar("cart-v2", &names), ["cart"]);
-        assert!(similar("stock", &names).is_empty());
-        assert_eq!((edits("", "abc"), edits("cart", "cart"), edits("kitten", "sitting")), (3, 0, 3));
     }
 }

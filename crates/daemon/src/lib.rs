@@ -28,6 +28,7 @@ pub mod pipes;
 pub mod portforward;
 pub mod ports;
 pub mod questions;
+pub mod service;
 pub mod session;
 pub mod state;
 pub mod status;

@@ -12,7 +12,8 @@ use tokio::sync::mpsc;
 
 /// Answers by the Service's name; tells of what was abandoned.
 struct Recorder {
-    abandoned: mpsc::UnboundedSender<Request>,
+    abandoned: mpsc::UnboundedSender<Intercept>,
+    dropped: mpsc::UnboundedSender<()>,
     started: mpsc::UnboundedSender<()>,
     handled: Mutex<Vec<Request>>,
 }
@@ -22,7 +23,10 @@ impl Handler for Recorder {
         self.handled.lock().unwrap().push(request.clone());
         self.started.send(()).unwrap();
         match &request {
-            Request::Intercept(wanted) if wanted.service == "hangs" => std::future::pending().await,
+            Request::Intercept(wanted) if wanted.service == "hangs" => {
+                let _told = TellDrop(self.dropped.clone());
+                std::future::pending().await
+            }
             Request::Intercept(wanted) if wanted.service == "fails" => {
                 Err(Failure::new("cannot").because("of that").advice("this").exit(Exit::Refused))
             }
@@ -34,15 +38,24 @@ impl Handler for Recorder {
         }
     }
 
-    async fn abandoned(&self, request: Request) {
-        self.abandoned.send(request).unwrap();
+    async fn abandoned(&self, intercept: Intercept) {
+        self.abandoned.send(intercept).unwrap();
+    }
+}
+
+struct TellDrop(mpsc::UnboundedSender<()>);
+
+impl Drop for TellDrop {
+    fn drop(&mut self) {
+        self.0.send(()).unwrap();
     }
 }
 
 struct Fixture {
     socket: PathBuf,
     recorder: Arc<Recorder>,
-    abandoned: mpsc::UnboundedReceiver<Request>,
+    abandoned: mpsc::UnboundedReceiver<Intercept>,
+    dropped: mpsc::UnboundedReceiver<()>,
     started: mpsc::UnboundedReceiver<()>,
 }
 
@@ -57,9 +70,14 @@ fn fixture() -> Fixture {
     let socket = std::env::temp_dir().join(format!("forkd-{}.sock", &unique[..8]));
     let listener = UnixListener::bind(&socket).unwrap();
     let (abandoned_tx, abandoned) = mpsc::unbounded_channel();
+    let (dropped_tx, dropped) = mpsc::unbounded_channel();
     let (started_tx, started) = mpsc::unbounded_channel();
-    let recorder =
-        Arc::new(Recorder { abandoned: abandoned_tx, started: started_tx, handled: Mutex::default() });
+    let recorder = Arc::new(Recorder {
+        abandoned: abandoned_tx,
+        dropped: dropped_tx,
+        started: started_tx,
+        handled: Mutex::default(),
+    });
     let handler = recorder.clone();
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
@@ -67,7 +85,7 @@ fn fixture() -> Fixture {
             tokio::spawn(async move { control::serve(stream, &*handler).await });
         }
     });
-    Fixture { socket, recorder, abandoned, started }
+    Fixture { socket, recorder, abandoned, dropped, started }
 }
 
 fn intercept(service: &str, attached: bool) -> Request {
@@ -104,17 +122,15 @@ async fn progress_and_notes_come_before_the_answer_and_requests_follow_each_othe
 
 #[tokio::test]
 async fn a_failure_arrives_with_its_three_parts_and_the_conversation_goes_on() {
-    let mut fixture = fixture();
+    let fixture = fixture();
     let mut client = client(&fixture).await;
     let failure = client.call::<Value>(intercept("fails", true), |_| ()).await.unwrap_err();
     assert_eq!(failure, Failure::new("cannot").because("of that").advice("this").exit(Exit::Refused));
     client.call::<Value>(Request::Status, |_| ()).await.unwrap();
-    drop(client);
-    assert_eq!(fixture.abandoned.recv().await, Some(intercept("fails", true)), "half done is undone");
 }
 
 #[tokio::test]
-async fn a_command_that_goes_away_in_the_middle_is_undone() {
+async fn the_work_for_a_command_that_goes_away_is_dropped() {
     let mut fixture = fixture();
     let mut client = client(&fixture).await;
     tokio::select! {
@@ -122,7 +138,8 @@ async fn a_command_that_goes_away_in_the_middle_is_undone() {
         started = fixture.started.recv() => started.unwrap(),
     }
     drop(client);
-    assert_eq!(fixture.abandoned.recv().await, Some(intercept("hangs", false)));
+    fixture.dropped.recv().await.unwrap();
+    assert!(fixture.abandoned.try_recv().is_err(), "it undoes itself");
 }
 
 #[tokio::test]
@@ -133,11 +150,13 @@ async fn only_an_attached_intercept_ends_with_its_connection() {
     drop(one);
     let mut two = client(&fixture).await;
     two.call::<Value>(intercept("cart", true), |_| ()).await.unwrap();
+    two.call::<Value>(intercept("fails", true), |_| ()).await.unwrap_err();
     two.call::<Value>(intercept("left", true), |_| ()).await.unwrap();
     let leave = Leave { service: "left".into(), namespace: Some("shop".into()), fork: None };
     two.call::<Value>(Request::Leave(leave), |_| ()).await.unwrap();
     drop(two);
-    assert_eq!(fixture.abandoned.recv().await, Some(intercept("cart", true)));
+    let Request::Intercept(cart) = intercept("cart", true) else { unreachable!() };
+    assert_eq!(fixture.abandoned.recv().await, Some(cart));
     assert!(fixture.abandoned.try_recv().is_err(), "nothing else");
 }
 
