@@ -1,12 +1,14 @@
 //! The signer `forkd.dev/laptop`: who asks for a certificate is who the API server says they are.
 
-use std::collections::HashMap;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::collections::{HashMap, HashSet};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use forkd_api::{ForkTarget, SIGNER};
 use forkd_tunnel::identity::{Identity, requested};
-use futures::StreamExt as _;
+use futures::future::BoxFuture;
+use futures::stream::FuturesUnordered;
+use futures::{FutureExt as _, StreamExt as _};
 use k8s_openapi::ByteString;
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
 use k8s_openapi::jiff::Timestamp;
@@ -26,6 +28,8 @@ const MAX_LIFETIME: Duration = Duration::from_secs(12 * 3600);
 const MIN_LIFETIME: Duration = Duration::from_secs(600);
 /// Issued and refused requests stay for so long, so that the laptop can fetch the certificate.
 const KEEP: Duration = Duration::from_secs(60);
+/// Between two tries, when the API server fails.
+const RETRY: Duration = Duration::from_secs(2);
 /// Longest URI: user and all groups. A certificate of this size still goes through a handshake well.
 const MAX_URI: usize = 12 * 1024;
 /// Requests that wait for their removal at a time.
@@ -40,12 +44,21 @@ pub struct Signer {
     /// To whom a laptop id was issued, and until when that certificate lives.
     holders: Mutex<HashMap<String, (String, Instant)>>,
     waiting: Arc<Semaphore>,
+    /// Uids of requests that were settled, until they are gone: the own writes come back as events, one by one, and the
+    /// earlier of them look as if there were something left to do.
+    settled: Mutex<HashSet<String>>,
 }
 
 impl Signer {
     /// With the authority of `server`.
     pub fn new(client: Client, server: Arc<Server>) -> Self {
-        Self { client, server, holders: Mutex::default(), waiting: Arc::new(Semaphore::new(MAX_WAITING)) }
+        Self {
+            client,
+            server,
+            holders: Mutex::default(),
+            waiting: Arc::new(Semaphore::new(MAX_WAITING)),
+            settled: Mutex::default(),
+        }
     }
 
     /// Watches for requests, for ever.
@@ -53,34 +66,69 @@ impl Signer {
         let api: Api<CertificateSigningRequest> = Api::all(self.client.clone());
         let config = watcher::Config::default().fields(&format!("spec.signerName={SIGNER}"));
         let mut events = watcher(api.clone(), config).default_backoff().boxed();
-        while let Some(event) = events.next().await {
-            match event {
-                Ok(Event::Apply(request) | Event::InitApply(request)) => self.settle(&api, &request).await,
-                Ok(Event::Init | Event::InitDone | Event::Delete(_)) => {}
-                Err(error) => {
-                    tracing::warn!(kind = "CertificateSigningRequest", %error, "watch interrupted, trying again")
-                }
+        // Names of requests that the API server did not let settle, after a wait.
+        let mut again: FuturesUnordered<BoxFuture<'static, String>> = FuturesUnordered::new();
+        loop {
+            let request = tokio::select! {
+                event = events.next() => match event {
+                    Some(Ok(Event::Apply(request) | Event::InitApply(request))) => request,
+                    // A listing shows what is; nothing of before counts.
+                    Some(Ok(Event::Init)) => {
+                        self.settled().clear();
+                        continue;
+                    }
+                    Some(Ok(Event::Delete(request))) => {
+                        self.settled().remove(&request.metadata.uid.unwrap_or_default());
+                        continue;
+                    }
+                    Some(Ok(Event::InitDone)) => continue,
+                    Some(Err(error)) => {
+                        let kind = "CertificateSigningRequest";
+                        tracing::warn!(kind, %error, "watch interrupted, trying again");
+                        continue;
+                    }
+                    None => return,
+                },
+                Some(name) = again.next(), if !again.is_empty() => match api.get_opt(&name).await {
+                    Ok(Some(request)) => request,
+                    Ok(None) => continue,
+                    Err(error) => {
+                        tracing::warn!(name, %error, "a certificate request could not be read, trying again");
+                        again.push(after_a_wait(name).boxed());
+                        continue;
+                    }
+                },
+            };
+            if !self.settle(&api, &request).await && again.len() < MAX_WAITING {
+                again.push(after_a_wait(request.name_any()).boxed());
             }
         }
     }
 
-    async fn settle(&self, api: &Api<CertificateSigningRequest>, request: &CertificateSigningRequest) {
-        let name = request.name_any();
-        let settled = if is_settled(request) {
-            true
-        } else {
-            match self.decide(api, request).await {
-                Ok(()) => true,
-                // It comes again with the next event, or when the watch starts anew.
-                Err(error) => {
-                    tracing::warn!(%name, %error, "a laptop's certificate request could not be settled");
-                    false
-                }
-            }
-        };
-        if settled {
-            self.clear_away(api.clone(), request);
+    /// Whether the request needs no more.
+    async fn settle(
+        &self,
+        api: &Api<CertificateSigningRequest>,
+        request: &CertificateSigningRequest,
+    ) -> bool {
+        let uid = request.metadata.uid.clone().unwrap_or_default();
+        if self.settled().contains(&uid) {
+            return true;
         }
+        if !is_settled(request)
+            && let Err(error) = self.decide(api, request).await
+        {
+            let name = request.name_any();
+            tracing::warn!(name, %error, "a laptop's certificate request could not be settled, trying again");
+            return false;
+        }
+        self.settled().insert(uid);
+        self.clear_away(api.clone(), request);
+        true
+    }
+
+    fn settled(&self) -> MutexGuard<'_, HashSet<String>> {
+        self.settled.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     async fn decide(
@@ -170,6 +218,11 @@ impl Signer {
             holders.insert(id, (user, now + lifetime));
         }
     }
+}
+
+async fn after_a_wait(name: String) -> String {
+    tokio::time::sleep(RETRY).await;
+    name
 }
 
 fn is_settled(request: &CertificateSigningRequest) -> bool {

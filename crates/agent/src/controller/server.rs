@@ -11,6 +11,7 @@ use forkd_wire::control::{
     Authorize, Authorized, Certificate, FromController, Join, Retire, Status, ToController, from_controller,
     join, to_controller,
 };
+use futures::stream::FuturesUnordered;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{Semaphore, mpsc, watch};
@@ -206,7 +207,7 @@ impl Server {
         mut orders: watch::Receiver<Order>,
     ) -> anyhow::Result<()> {
         let (answers, mut answered) = mpsc::channel::<Authorized>(MAX_QUESTIONS);
-        let mut questions = futures::stream::FuturesUnordered::new();
+        let mut questions = FuturesUnordered::new();
         let is_agent = matches!(identity, Identity::Agent { .. });
         let mut heard = tokio::time::Instant::now();
         orders.mark_changed();
