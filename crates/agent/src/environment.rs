@@ -113,3 +113,94 @@ fn process(proc: &Path, pid: u32) -> Result<Option<Process>, EnvironmentError> {
 fn failed(path: &Path, source: io::Error) -> EnvironmentError {
     EnvironmentError::Failed { path: path.display().to_string(), source }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::process::{Command, Stdio};
+
+    /// A `/proc` of these processes: number, parent, command.
+    fn proc(name: &str, processes: &[(u32, u32, &str)]) -> std::path::PathBuf {
+        let root = std::env::temp_dir().join(format!("forkd-environment-{}-{name}", std::process::id()));
+        for (pid, parent, command) in processes {
+            let dir = root.join(pid.to_string());
+            fs::create_dir_all(&dir).unwrap();
+            fs::write(dir.join("stat"), format!("{pid} ({command}) S {parent} 1 1 0 -1")).unwrap();
+            fs::write(dir.join("environ"), format!("PID={pid}\0BYTES=\u{1}\nx\0")).unwrap();
+        }
+        root
+    }
+
+    #[test]
+    fn number_one_is_the_applications_process() {
+        let root = proc("one", &[(1, 0, "app) R 7 (x"), (7, 1, "worker"), (30, 0, "forkd-agent")]);
+        assert_eq!(read_in(&root, 30).unwrap(), b"PID=1\0BYTES=\x01\nx\0");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn with_a_shared_namespace_it_is_the_only_other_first_process_or_a_question() {
+        let root =
+            proc("shared", &[(1, 0, "pause"), (7, 0, "app"), (8, 7, "worker"), (30, 0, "forkd-agent")]);
+        assert_eq!(read_in(&root, 30).unwrap(), b"PID=7\0BYTES=\x01\nx\0");
+        fs::remove_dir_all(root).unwrap();
+        let root =
+            proc("several", &[(1, 0, "pause"), (7, 0, "app"), (9, 0, "envoy"), (30, 0, "forkd-agent")]);
+        let error = read_in(&root, 30).unwrap_err().to_string();
+        assert!(error.ends_with("app (7), envoy (9)"), "{error}");
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn an_agent_that_is_alone_says_so() {
+        let root = proc("alone", &[(1, 0, "forkd-agent")]);
+        assert!(matches!(read_in(&root, 1), Err(EnvironmentError::NoProcess)));
+        fs::remove_dir_all(root).unwrap();
+    }
+
+    #[test]
+    fn the_running_processs_environment_is_read_or_the_refusal_explained() {
+        for (privileges, expected) in [
+            ("", "environment: APP=yes"),
+            // Like this, root may read only processes that have no capabilities either.
+            ("setpriv --bounding-set=-all", "refused: may not read the environment of process 1 (sh)"),
+        ] {
+            let reader = std::env::current_exe().unwrap();
+            let reader = format!("{privileges} {} --exact --nocapture {READER}", reader.display());
+            // `sh` stays process 1 of the namespace, and so the application.
+            let script = format!("FORKD_TEST_READER=1 {reader}; true");
+            let output = Command::new("unshare")
+                .args(["--pid", "--fork", "--mount-proc", "sh", "-c", &script])
+                .env_clear()
+                .envs([("APP", "yes"), ("PATH", "/usr/sbin:/usr/bin:/sbin:/bin")])
+                .stdin(Stdio::null())
+                .output()
+                .expect("unshare and setpriv of util-linux");
+            let said = String::from_utf8_lossy(&output.stdout).into_owned()
+                + &String::from_utf8_lossy(&output.stderr);
+            assert!(said.contains(expected), "this test needs root: {said}");
+        }
+    }
+
+    const READER: &str = "environment::tests::reader";
+
+    /// What the test above runs inside a process namespace of its own; by itself, it reads this machine's first process.
+    #[test]
+    fn reader() {
+        if std::env::var_os("FORKD_TEST_READER").is_none() {
+            match (read(), fs::read("/proc/1/environ")) {
+                (Ok(bytes), Ok(expected)) => assert_eq!(bytes, expected),
+                (Err(EnvironmentError::Forbidden { pid: 1, .. }), Err(_)) => {}
+                (read, expected) => panic!("{read:?} instead of {expected:?}"),
+            }
+            return;
+        }
+        match read() {
+            Ok(bytes) => {
+                let app = bytes.split(|b| *b == 0).find(|pair| pair.starts_with(b"APP="));
+                println!("environment: {}", String::from_utf8_lossy(app.unwrap_or_default()));
+            }
+            Err(error) => println!("refused: {error}"),
+        }
+    }
+}

@@ -23,6 +23,9 @@ pub(crate) struct Netlink {
     sequence: u32,
 }
 
+/// Type and payload of a message from the kernel.
+pub(crate) type Answer = (u16, Vec<u8>);
+
 /// What the kernel said about one request.
 #[derive(Debug)]
 pub(crate) struct Refused {
@@ -44,7 +47,7 @@ impl Netlink {
     pub(crate) fn exchange(
         &mut self,
         requests: &Requests,
-    ) -> io::Result<(Vec<(u16, Vec<u8>)>, Option<Refused>)> {
+    ) -> io::Result<(Vec<Answer>, Option<Refused>)> {
         let first = self.sequence;
         let mut bytes = requests.bytes.clone();
         for start in &requests.starts {

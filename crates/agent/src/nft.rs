@@ -4,10 +4,10 @@
 //! table inet forkd {                                  owned by this process: the kernel removes it when it dies
 //!   set ports { type inet_service; elements = { … } }
 //!   chain pre { type nat hook prerouting priority -99; }    # behind Istio (-100): sees what Istio did not take
-//!     iifname != "lo" tcp dport @ports redirect to :AGENT
+//!     iifname != "lo" tcp flags syn / fin,syn,rst,ack tcp dport @ports redirect to :AGENT
 //!   chain out { type nat hook output priority -101; }       # what Envoy (uid 1337) hands to the application
-//!     oifname "lo" meta skuid 1337 ip  saddr 127.0.0.6 tcp dport @ports redirect to :AGENT
-//!     oifname "lo" meta skuid 1337 ip  daddr 127.0.0.1 tcp dport @ports redirect to :AGENT
+//!     oifname "lo" meta skuid 1337 ip  saddr 127.0.0.6 … redirect to :AGENT
+//!     oifname "lo" meta skuid 1337 ip  daddr 127.0.0.1 … redirect to :AGENT
 //!     … and the same for ::6 and ::1
 //! }
 //! ```
@@ -89,6 +89,11 @@ const NFT_MSG_DELSETELEM: u16 = 14;
 const NFT_TABLE_F_OWNER: u32 = 2;
 const NFT_REG_1: u32 = 1;
 const LIST_ELEM: u16 = 1;
+/// TCP's flags (RFC 9293 §3.1).
+const FIN: u8 = 1;
+const SYN: u8 = 2;
+const RST: u8 = 4;
+const ACK: u8 = 16;
 const NF_ACCEPT: u32 = 1;
 
 const ENOENT: i32 = 2;
@@ -377,9 +382,22 @@ impl Rule<'_> {
         });
     }
 
-    /// `tcp dport @ports redirect to :TO`.
+    /// `tcp flags syn / fin,syn,rst,ack tcp dport @ports redirect to :TO`.
     fn redirect(&mut self, to: u16) {
         self.meta(Meta::L4Proto, Compare::Equal, &[6]);
+        // Without the flags, connections from before the table would be cut: it switches on connection tracking, which
+        // takes their next packet for the first one of a connection.
+        self.payload(2, 13, 1);
+        self.expression("bitwise", |a| {
+            a.number(1, NFT_REG_1).number(2, NFT_REG_1).number(3, 1);
+            a.nest(4, |mask| {
+                mask.bytes(1, &[FIN | SYN | RST | ACK]);
+            });
+            a.nest(5, |xor| {
+                xor.bytes(1, &[0]);
+            });
+        });
+        self.compare(Compare::Equal, &[SYN]);
         self.payload(2, 2, 2);
         self.expression("lookup", |a| {
             a.text(1, PORTS).number(2, NFT_REG_1).number(4, 1);

@@ -3,7 +3,7 @@
 //! They are counted, and those that a sidecar keeps for reuse are closed while nothing moves on them, so that its next
 //! request comes over a new connection. Everybody else's stay: cutting them would be an outage of our making.
 
-use std::collections::HashSet;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::time::Duration;
@@ -75,8 +75,35 @@ const ENVOY_UID: u32 = 1337;
 /// [`SocketsError::Unsupported`] without CONFIG_INET_DIAG.
 pub fn count(port: u16, own: &OwnConnections) -> Result<u32, SocketsError> {
     let sockets = established()?;
-    let older = sockets.iter().filter(|s| s.local.port() == port && !own.contains(s.remote)).count();
-    Ok(u32::try_from(older).unwrap_or(u32::MAX))
+    let mut older: HashMap<(SocketAddr, SocketAddr), &Socket> = sockets
+        .iter()
+        .filter(|s| s.local.port() == port && !own.contains(s.remote))
+        .map(|s| ((s.remote, s.local), s))
+        .collect();
+    // The agent's next connections are established before it knows their address: their inodes tell.
+    let uid = nix::unistd::geteuid().as_raw();
+    let callers: Vec<&Socket> =
+        sockets.iter().filter(|s| s.uid == uid && older.contains_key(&(s.local, s.remote))).collect();
+    if !callers.is_empty() {
+        let inodes = own_inodes().map_err(failed("list the agent's own sockets"))?;
+        for caller in callers.iter().filter(|s| inodes.contains(&s.inode)) {
+            older.remove(&(caller.local, caller.remote));
+        }
+    }
+    Ok(u32::try_from(older.len()).unwrap_or(u32::MAX))
+}
+
+/// The inodes of this process's sockets: `/proc/self/fd/N` is a link to `socket:[INODE]`.
+fn own_inodes() -> io::Result<HashSet<u32>> {
+    let mut inodes = HashSet::new();
+    for entry in std::fs::read_dir("/proc/self/fd")? {
+        // A descriptor may be closed meanwhile, the one of this listing will be.
+        let Ok(link) = std::fs::read_link(entry?.path()) else { continue };
+        let inode: Option<u32> =
+            link.to_str().and_then(|link| link.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok());
+        inodes.extend(inode);
+    }
+    Ok(inodes)
 }
 
 /// Closes connections to the application on `port` that a sidecar (Envoy: from 127.0.0.6 or ::6, or of user 1337 to
@@ -130,6 +157,7 @@ struct Socket {
     local: SocketAddr,
     remote: SocketAddr,
     uid: u32,
+    inode: u32,
     family: u8,
     id: [u8; 48],
     queued: u32,
@@ -190,6 +218,7 @@ impl Socket {
             local: (address(4)?, port(0)?).into(),
             remote: (address(20)?, port(2)?).into(),
             uid: u32::from_ne_bytes(field(message, 64)?),
+            inode: u32::from_ne_bytes(field(message, 68)?),
             family,
             id,
             queued: u32::try_from(queues).unwrap_or(u32::MAX),

@@ -1,4 +1,5 @@
 //! HTTP/2 and gRPC's habits through real redirects: who gets which stream.
+#![allow(clippy::unwrap_used, reason = "a test that cannot go on has failed")]
 
 mod pod;
 
@@ -187,6 +188,32 @@ fn streams_of_one_connection_go_where_their_keys_say_with_trailers_both_ways() {
         assert_eq!(alice[0].headers["x-forkd-id"], "alice");
         assert_eq!(alice[0].uri.to_string(), "http://cart/shop.Cart/Add");
         assert!(baseline.lock().unwrap()[0].headers.is_empty(), "nothing is added without a key");
+    });
+}
+
+#[test]
+fn a_server_that_says_its_settings_first_is_still_routed() {
+    in_pod(async |outside| {
+        let agent = agent([route("alice")]).await;
+        laptop(&agent, "alice", "alice").await;
+        let app = listen(PORT).await;
+        let stream = outside.connect().await;
+        let (mut eager, _) = app.accept().await.unwrap();
+        // SETTINGS with MAX_CONCURRENT_STREAMS 100, before the caller said a word.
+        let settings = [0, 0, 6, 4, 0, 0, 0, 0, 0, 0, 3, 0, 0, 0, 100];
+        tokio::io::AsyncWriteExt::write_all(&mut eager, &settings).await.unwrap();
+        tokio::time::sleep(std::time::Duration::from_millis(50)).await;
+        let (sender, connection) = h2::client::handshake(stream).await.unwrap();
+        let caller = Caller { sender, ended: tokio::spawn(connection) };
+        let (head, _, _) = ask(&caller, request("/", &[("x-forkd-id", "alice")]), "").await;
+        assert_eq!(header(&head, "who"), "alice");
+        // The application gets the unkeyed stream, on the connection whose settings were said.
+        let mut sender = caller.sender.clone().ready().await.unwrap();
+        let (_response, _) = sender.send_request(request("/", &[]), true).unwrap();
+        let mut preface = [0; 24];
+        tokio::io::AsyncReadExt::read_exact(&mut eager, &mut preface).await.unwrap();
+        assert_eq!(&preface, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n");
+        assert_eq!(agent.counters.opaque_connections(PORT), 0);
     });
 }
 

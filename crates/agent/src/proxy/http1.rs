@@ -123,8 +123,8 @@ impl<D: Deliver> Http1<D> {
             None => head.to_vec(),
         };
         match self.way(&request) {
-            Way::Baseline => self.to_baseline(&head, &request).await,
-            Way::Laptop(route) => self.to_laptop(route, &head, &request).await,
+            Way::Baseline => self.ask_baseline(&head, &request).await,
+            Way::Laptop(route) => self.ask_laptop(route, &head, &request).await,
         }
     }
 
@@ -182,7 +182,7 @@ impl<D: Deliver> Http1<D> {
         self.baseline.as_ref().is_some_and(|lane| lane.used)
     }
 
-    async fn to_baseline(&mut self, head: &[u8], request: &Request) -> Result<(), End<D::Stream>> {
+    async fn ask_baseline(&mut self, head: &[u8], request: &Request) -> Result<(), End<D::Stream>> {
         let lane = self.baseline_lane().await.map_err(|error| {
             tracing::debug!(%error, to = %self.connection.original, "the application refused");
             End::Reset
@@ -208,7 +208,7 @@ impl<D: Deliver> Http1<D> {
         }
     }
 
-    async fn to_laptop(
+    async fn ask_laptop(
         &mut self,
         route: Arc<Route>,
         head: &[u8],
@@ -221,7 +221,7 @@ impl<D: Deliver> Http1<D> {
                 let gone = !matches!(error, DeliverError::NotListening(_));
                 // Who did not ask for the laptop is not to suffer from its absence.
                 if gone && (!own || route.on_unavailable == OnUnavailable::Baseline as i32) {
-                    return self.to_baseline(head, request).await;
+                    return self.ask_baseline(head, request).await;
                 }
                 return self.fail(&Failure::deliver(&route, &error), request).await;
             }
