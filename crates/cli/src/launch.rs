@@ -69,10 +69,10 @@ pub async fn find_or_start(global: &Global, target: &Target, ui: &Ui) -> Result<
     }
     // Without the spinner: sudo's question needs the line.
     ui.settle();
-    let helper = spawn_helper().await.map_err(Failure::from)?;
-    ui.step("starting the daemon");
     let failed = |error: std::io::Error| Failure::new("cannot start the daemon").caused_by(&error);
     let log = OpenOptions::new().create(true).append(true).mode(0o600).open(&places.log).map_err(failed)?;
+    let helper = spawn_helper(log.try_clone().map_err(failed)?).await.map_err(Failure::from)?;
+    ui.step("starting the daemon");
     let mut command = Command::new(std::env::current_exe().map_err(failed)?);
     command.arg("daemon").arg("--context").arg(&target.context);
     if let Some(path) = &global.kubeconfig {

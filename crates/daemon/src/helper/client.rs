@@ -1,15 +1,16 @@
 //! The daemon's end of the helper's socket, and how a helper is started.
 
-use std::io::{self, IsTerminal};
+use std::fs::File;
+use std::io::{self, IsTerminal, Write};
 use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd, OwnedFd};
 use std::process::Stdio;
 
 use ipnet::IpNet;
 use nix::sys::socket::{AddressFamily, MsgFlags, SockFlag, SockType, send, socketpair};
-use tokio::io::Interest;
 use tokio::io::unix::AsyncFd;
-use tokio::process::Command;
+use tokio::io::{AsyncReadExt, Interest};
+use tokio::process::{ChildStderr, Command};
 use tokio::sync::Mutex;
 
 use super::protocol::{DnsInfo, Failure, MAX_MESSAGE, Reply, Request, TunInfo};
@@ -150,11 +151,12 @@ impl HelperClient {
 }
 
 /// Starts a helper and returns the daemon's end of its socket: as root directly, else through sudo, which asks for the
-/// password on the terminal if there is one. Returns when the helper answers.
+/// password on the terminal if there is one. Returns when the helper answers. What it says from then on goes to `log`:
+/// a pipe or terminal of ours that it held would keep whoever reads from us (`$(forkd connect)`) waiting for its end.
 ///
 /// # Errors
 /// What failed, why, and what to do, for the user.
-pub async fn spawn_helper() -> Result<OwnedFd, Failure> {
+pub async fn spawn_helper(log: File) -> Result<OwnedFd, Failure> {
     let failed = |because: String, try_: &str| Failure {
         error: "cannot start the privileged helper".to_owned(),
         because,
@@ -174,7 +176,7 @@ pub async fn spawn_helper() -> Result<OwnedFd, Failure> {
         sudo.arg("--").arg(&exe);
         sudo
     };
-    command.arg("helper").stdin(Stdio::from(theirs)).stdout(Stdio::null());
+    command.arg("helper").stdin(Stdio::from(theirs)).stdout(Stdio::from(log)).stderr(Stdio::piped());
     let mut child = command.spawn().map_err(|error| {
         failed(
             format!("run {:?}: {error}", command.as_std().get_program()),
@@ -183,6 +185,7 @@ pub async fn spawn_helper() -> Result<OwnedFd, Failure> {
     })?;
     // Command keeps the helper's end open: with it, nobody would notice that the helper died.
     drop(command);
+    let told = tokio::spawn(tell(child.stderr.take()));
     let client = ours.try_clone().and_then(HelperClient::new).map_err(plain)?;
     // Undo is the one request that changes nothing here: its answer says that the helper is up.
     tokio::select! {
@@ -197,8 +200,21 @@ pub async fn spawn_helper() -> Result<OwnedFd, Failure> {
                 (false, true) => "check that your user may use sudo, or run `forkd connect` as root",
                 (false, false) => "run `sudo -v` in a terminal, then again: without a terminal sudo cannot ask",
             };
+            // Its last words, before ours. Only a failure to read them could fail here.
+            let _ = told.await;
             return Err(failed(because, try_));
         }
     }
+    told.abort();
     Ok(ours)
+}
+
+/// Passes on what sudo and the starting helper say, to the end.
+async fn tell(said: Option<ChildStderr>) {
+    let Some(mut said) = said else { return };
+    let mut buffer = [0; 1024];
+    while let Ok(length @ 1..) = said.read(&mut buffer).await {
+        // Nobody may be left to hear it.
+        let _ = io::stderr().write_all(&buffer[..length]);
+    }
 }

@@ -46,6 +46,8 @@ fn watch() -> anyhow::Result<()> {
         let _lock = journal::lock()?;
         journal::sweep(&netlink, None).context("undo what an earlier helper left")?;
     }
+    // Up to here whoever started us listens to stderr; from here on it is the log, which is stdout.
+    nix::unistd::dup2_stderr(std::io::stdout())?;
     let mut child = Command::new("/proc/self/exe")
         .arg("helper")
         .env(GUARDED_BY, std::process::id().to_string())

@@ -10,7 +10,7 @@ use nix::mount::{MsFlags, mount};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::world::{RESOLV_CONF, helper, ip, ip_says, ranges, search, set_up, wait_for};
+use crate::world::{RESOLV_CONF, helper, ip, ip_says, log, ranges, search, set_up, wait_for};
 
 pub fn cases() -> Vec<(&'static str, fn())> {
     vec![
@@ -183,7 +183,7 @@ fn a_sweep_leaves_a_live_helper_alone() {
 
 /// A client of a helper that has done nothing yet.
 async fn started() -> HelperClient {
-    let socket = spawn_helper().await.unwrap_or_else(|failure| panic!("{failure:?}"));
+    let socket = spawn_helper(log()).await.unwrap_or_else(|failure| panic!("{failure:?}"));
     HelperClient::new(socket).expect("helper's socket")
 }
 

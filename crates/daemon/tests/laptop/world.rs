@@ -1,6 +1,7 @@
 //! Namespaces, a daemon with plain TCP in the place of QUIC, and servers.
 
 use std::cell::Cell;
+use std::fs::File;
 use std::future::Future;
 use std::io::{self, ErrorKind};
 use std::net::{IpAddr, SocketAddr};
@@ -83,10 +84,15 @@ pub fn wait_for(what: &str, mut met: impl FnMut() -> bool) {
     }
 }
 
+/// Where helpers log: with the test.
+pub fn log() -> File {
+    std::io::stderr().as_fd().try_clone_to_owned().expect("stderr").into()
+}
+
 /// A helper in this thread's namespace.
 pub fn helper() -> OwnedFd {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().expect("runtime");
-    runtime.block_on(spawn_helper()).unwrap_or_else(|failure| panic!("{failure:?}"))
+    runtime.block_on(spawn_helper(log())).unwrap_or_else(|failure| panic!("{failure:?}"))
 }
 
 pub fn ranges() -> Vec<IpNet> {
@@ -199,6 +205,8 @@ fn cluster() {
         "route add unreachable 10.96.9.9/32",
         "addr add 192.0.2.53/32 dev lo",
         "-6 route add local fd10::/64 dev lo",
+        // IPv6 binds to addresses only, not to ranges.
+        "-6 addr add fd10::1/128 dev lo nodad",
     ] {
         ip(step);
     }
