@@ -16,21 +16,23 @@
 
 mod device;
 mod packet;
+mod stack;
 mod timers;
+mod types;
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use forkd_wire::tunnel::Outcome;
-use smoltcp::iface::{Config as InterfaceConfig, Interface, PollResult, SocketHandle, SocketSet};
+use smoltcp::iface::{SocketHandle, SocketSet};
 use smoltcp::socket::tcp::{RecvError, Socket, SocketBuffer, State};
-use smoltcp::wire::{HardwareAddress, IpAddress, IpCidr, Ipv4Address, Ipv6Address};
 
-use device::Device;
 pub use device::Sink;
 pub use packet::{FRAME_MAX, HEADER, Pair};
 use packet::{Parsed, Unreachable};
+use stack::{Route, Stack};
 use timers::Timers;
+pub use types::{Config, Counters, DropReason, Event, FlowId, Gone, Read, Verdict};
 
 /// Each flow's ring towards the cluster, and its ring from there, in bytes.
 ///
@@ -49,145 +51,11 @@ const SILENCE_RELEASED: Duration = Duration::from_secs(60);
 /// DNS questions that may be on their way at a time. Resolvers ask again after seconds; more than this is a flood.
 const QUERIES: usize = 512;
 
-/// Settings of [`Flows`].
-#[derive(Clone, Copy, Debug)]
-pub struct Config {
-    /// MTU of the TUN, bytes; 1280 to 65535.
-    pub mtu: u16,
-    /// Bytes of each flow's two rings, see [`RING`].
-    pub ring: usize,
-    /// Flows at a time; a SYN beyond is dropped, and comes again when the application's kernel retries.
-    pub max_flows: usize,
-    /// Where DNS is answered (UDP; over TCP it is a flow like any other).
-    pub dns: Option<std::net::SocketAddr>,
-    /// Seed of initial sequence numbers.
-    pub seed: u64,
-}
-
-/// Names a flow; never reused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
-pub struct FlowId {
-    index: u32,
-    generation: u32,
-}
-
-/// What the shell is to do.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Event {
-    /// Dial `pair.dst`, then tell by [`Flows::dialed`].
-    Opened(FlowId, Pair),
-    /// A read or write that had to wait may go on, or the flow was reset.
-    Ready(FlowId),
-    /// Answer the DNS message by [`Flows::answer`], or say [`Flows::no_answer`].
-    Query(Pair, Vec<u8>),
-}
-
-/// What became of a packet.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Verdict {
-    /// A flow has it.
-    Delivered,
-    /// A SYN that waits for the dial.
-    Held,
-    /// Nobody's: it was answered by RST.
-    Answered,
-    /// A DNS question, now an event.
-    Query,
-    /// It is gone.
-    Dropped(DropReason),
-}
-
-/// Why a packet was dropped.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
-#[repr(usize)]
-pub enum DropReason {
-    /// No valid IP, TCP or UDP packet.
-    Malformed,
-    /// A fragment: the kernel reassembles before it routes, and TCP does not fragment.
-    Fragment,
-    /// To or from an address that no single host has.
-    NotUnicast,
-    /// The checksum is wrong, and nobody vouched for it.
-    BadChecksum,
-    /// The SYN is already held: its dial goes on.
-    SynRepeated,
-    /// Anything but a SYN of a connection whose SYN is not answered yet.
-    OutOfState,
-    /// A reset of nothing.
-    StrayReset,
-    /// [`Config::max_flows`] are open.
-    TooManyFlows,
-    /// Too many DNS questions are on their way.
-    TooManyQueries,
-    /// The dial met silence, so silence is the answer.
-    DialTimedOut,
-    /// UDP to anything but DNS.
-    UdpNotYet,
-    /// ICMP, multicast listener reports.
-    IcmpNotYet,
-    /// Another IP protocol.
-    OtherProtocol,
-}
-
-impl DropReason {
-    /// All of them, in the order of their numbers.
-    pub const ALL: [Self; 13] = [
-        Self::Malformed,
-        Self::Fragment,
-        Self::NotUnicast,
-        Self::BadChecksum,
-        Self::SynRepeated,
-        Self::OutOfState,
-        Self::StrayReset,
-        Self::TooManyFlows,
-        Self::TooManyQueries,
-        Self::DialTimedOut,
-        Self::UdpNotYet,
-        Self::IcmpNotYet,
-        Self::OtherProtocol,
-    ];
-}
-
-/// Packets counted by what became of them.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Counters {
-    /// Packets that came in.
-    pub received: u64,
-    /// Packets that went out.
-    pub sent: u64,
-    dropped: [u64; DropReason::ALL.len()],
-}
-
-impl Counters {
-    /// Packets dropped for this reason.
-    pub fn dropped(&self, reason: DropReason) -> u64 {
-        self.dropped[reason as usize]
-    }
-}
-
-/// What [`Flows::read`] met.
-#[derive(Debug, PartialEq, Eq)]
-pub enum Read<R> {
-    /// Bytes, and what the caller made of them.
-    Data(R),
-    /// None yet; [`Event::Ready`] follows.
-    Blocked,
-    /// The application has closed its side, and everything was read.
-    Eof,
-    /// The flow is gone.
-    Reset,
-}
-
-/// The flow is gone: the application reset it, or vanished.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("the flow was reset")]
-pub struct Gone;
-
 /// All flows of a laptop's TUN. See the [module](self) for the sequence of calls.
 pub struct Flows {
     config: Config,
     start: Instant,
-    interface: Interface,
+    stack: Stack,
     table: HashMap<Pair, u32>,
     slots: Vec<Slot>,
     free: Vec<u32>,
@@ -197,7 +65,6 @@ pub struct Flows {
     timers: Timers,
     events: VecDeque<Event>,
     queries: usize,
-    frame: Box<[u8]>,
     counters: Counters,
 }
 
@@ -246,7 +113,7 @@ impl Flow {
     fn state(&mut self) -> Option<State> {
         match &mut self.stage {
             Stage::Held { .. } => None,
-            Stage::Open { set, handle } => Some(set.get_mut::<Socket<'_>>(*handle).state()),
+            Stage::Open { set, handle, .. } => Some(set.get_mut::<Socket<'_>>(*handle).state()),
         }
     }
 
@@ -278,35 +145,17 @@ enum Stage {
     Open {
         set: SocketSet<'static>,
         handle: SocketHandle,
+        route: Route,
     },
 }
 
 impl Flows {
     /// No flows yet.
     pub fn new(config: Config, now: Instant) -> Self {
-        let mut frame = vec![0; FRAME_MAX].into_boxed_slice();
-        let mut interface_config = InterfaceConfig::new(HardwareAddress::Ip);
-        interface_config.random_seed = config.seed;
-        let mut device =
-            Device { rx: None, frame: &mut frame, sink: &mut Nowhere, mtu: config.mtu.into(), sent: &mut 0 };
-        let mut interface =
-            Interface::new(interface_config, &mut device, smoltcp::time::Instant::from_micros(0));
-        // AnyIP takes packets to any address that is routed to one of the interface's own: everything is. The two
-        // addresses appear in no packet.
-        let (v4, v6) = (Ipv4Address::new(192, 0, 0, 8), Ipv6Address::new(0x100, 0, 0, 0, 0, 0, 0, 1));
-        interface.set_any_ip(true);
-        interface.update_ip_addrs(|addresses| {
-            // The list holds two addresses by default (IFACE_MAX_ADDR_COUNT).
-            let _ = addresses.push(IpCidr::new(IpAddress::Ipv4(v4), 32));
-            let _ = addresses.push(IpCidr::new(IpAddress::Ipv6(v6), 128));
-        });
-        // Likewise for routes: two of two.
-        let _ = interface.routes_mut().add_default_ipv4_route(v4);
-        let _ = interface.routes_mut().add_default_ipv6_route(v6);
         Self {
             config,
             start: now,
-            interface,
+            stack: Stack::new(config.mtu, config.seed),
             table: HashMap::new(),
             slots: Vec::new(),
             free: Vec::new(),
@@ -315,7 +164,6 @@ impl Flows {
             timers: Timers::default(),
             events: VecDeque::new(),
             queries: 0,
-            frame,
             counters: Counters::default(),
         }
     }
@@ -363,24 +211,25 @@ impl Flows {
     pub fn dialed<S: Sink>(&mut self, id: FlowId, outcome: Outcome, now: Instant, sink: &mut S) -> bool {
         let Some(flow) = self.flow(id) else { return false };
         let Stage::Held { syn, .. } = &mut flow.stage else { return true };
-        let (syn, pair) = (std::mem::take(syn), flow.pair);
+        let (mut syn, pair) = (std::mem::take(syn), flow.pair);
         match outcome {
             Outcome::Ok => {
                 let (mut set, handle) = self.socket();
                 // A closed socket and a port above 0 (`packet::parse`): it cannot fail.
                 let listening = set.get_mut::<Socket<'_>>(handle).listen(pair.dst);
                 debug_assert!(listening.is_ok(), "{listening:?}");
+                let route = self.stack.open_syn(pair, &mut syn);
                 if let Some(flow) = self.flow(id) {
-                    flow.stage = Stage::Open { set, handle };
+                    flow.stage = Stage::Open { set, handle, route };
                 }
                 self.ingress(id, &syn, now, sink);
                 return true;
             }
-            Outcome::Refused | Outcome::Reset => self.reject(&syn, now, sink),
-            Outcome::NetworkUnreachable => self.unreachable(&syn, pair, Unreachable::Network, sink),
-            Outcome::Forbidden => self.unreachable(&syn, pair, Unreachable::Prohibited, sink),
+            Outcome::Refused | Outcome::Reset => self.reject(&syn, pair, now, sink),
+            Outcome::NetworkUnreachable => self.stack.unreachable(&syn, pair, Unreachable::Network, sink),
+            Outcome::Forbidden => self.stack.unreachable(&syn, pair, Unreachable::Prohibited, sink),
             Outcome::HostUnreachable | Outcome::Unsupported | Outcome::Unavailable => {
-                self.unreachable(&syn, pair, Unreachable::Host, sink);
+                self.stack.unreachable(&syn, pair, Unreachable::Host, sink);
             }
             Outcome::TimedOut => self.counters.dropped[DropReason::DialTimedOut as usize] += 1,
         }
@@ -479,20 +328,16 @@ impl Flows {
     /// Sends what reads, writes, close and abort have given cause to send.
     pub fn flush<S: Sink>(&mut self, id: FlowId, now: Instant, sink: &mut S) {
         let at = self.smoltcp_time(now);
-        let Self { slots, interface, frame, counters, config, .. } = self;
-        let Some(Flow { stage: Stage::Open { set, .. }, .. }) = slot(slots, id) else { return };
-        let mut device = Device { rx: None, frame, sink, mtu: config.mtu.into(), sent: &mut counters.sent };
-        while interface.poll_egress(at, &mut device, set) == PollResult::SocketStateChanged {}
+        let Self { slots, stack, .. } = self;
+        let Some(Flow { stage: Stage::Open { set, route, .. }, .. }) = slot(slots, id) else { return };
+        stack.turn(None, set, *route, at, sink);
         self.settle(id, now);
     }
 
     /// Answers a DNS question.
     pub fn answer<S: Sink>(&mut self, pair: Pair, message: &[u8], sink: &mut S) {
         self.no_answer();
-        if let Some(length) = packet::udp(pair, message, &mut self.frame) {
-            self.counters.sent += 1;
-            sink.send(&self.frame[..length]);
-        }
+        self.stack.udp(pair, message, sink);
     }
 
     /// A DNS question will get no answer from here.
@@ -501,8 +346,8 @@ impl Flows {
     }
 
     /// Packets so far.
-    pub fn counters(&self) -> &Counters {
-        &self.counters
+    pub fn counters(&self) -> Counters {
+        Counters { sent: self.stack.sent, ..self.counters.clone() }
     }
 
     /// Flows at the moment.
@@ -546,7 +391,7 @@ impl Flows {
         if resets {
             return Verdict::Dropped(DropReason::StrayReset);
         }
-        self.reject(packet, now, sink);
+        self.reject(packet, pair, now, sink);
         Verdict::Answered
     }
 
@@ -603,35 +448,25 @@ impl Flows {
     /// Hands a packet to the flow's socket, and sends what that gives cause to send.
     fn ingress<S: Sink>(&mut self, id: FlowId, packet: &[u8], now: Instant, sink: &mut S) {
         let at = self.smoltcp_time(now);
-        let Self { slots, interface, frame, counters, config, .. } = self;
-        let Some(Flow { stage: Stage::Open { set, .. }, .. }) = slot(slots, id) else { return };
-        let mut device =
-            Device { rx: Some(packet), frame, sink, mtu: config.mtu.into(), sent: &mut counters.sent };
-        interface.poll_ingress_single(at, &mut device, set);
-        while interface.poll_egress(at, &mut device, set) == PollResult::SocketStateChanged {}
+        let Self { slots, stack, .. } = self;
+        let Some(Flow { stage: Stage::Open { set, route, .. }, .. }) = slot(slots, id) else { return };
+        stack.turn(Some(packet), set, *route, at, sink);
         self.settle(id, now);
     }
 
     /// Answers a packet by RST.
-    fn reject<S: Sink>(&mut self, packet: &[u8], now: Instant, sink: &mut S) {
+    fn reject<S: Sink>(&mut self, packet: &[u8], pair: Pair, now: Instant, sink: &mut S) {
         let at = self.smoltcp_time(now);
-        let Self { interface, frame, counters, config, nobody, .. } = self;
-        let mut device =
-            Device { rx: Some(packet), frame, sink, mtu: config.mtu.into(), sent: &mut counters.sent };
-        interface.poll_ingress_single(at, &mut device, nobody);
-    }
-
-    fn unreachable<S: Sink>(&mut self, packet: &[u8], pair: Pair, what: Unreachable, sink: &mut S) {
-        let length = packet::unreachable(packet, pair, what, &mut self.frame);
-        self.counters.sent += 1;
-        sink.send(&self.frame[..length]);
+        let route = Route { v6: pair.dst.is_ipv6(), split: None };
+        self.stack.turn(Some(packet), &mut self.nobody, route, at, sink);
     }
 
     /// After each turn of a flow's socket: announces, sets the timer, buries.
     fn settle(&mut self, id: FlowId, now: Instant) {
         let at = self.smoltcp_time(now);
-        let Self { slots, interface, timers, events, start, .. } = self;
-        let Some(Flow { stage: Stage::Open { set, handle }, marks, timer, .. }) = slot(slots, id) else {
+        let Self { slots, stack, timers, events, start, .. } = self;
+        let Some(Flow { stage: Stage::Open { set, handle, route }, marks, timer, .. }) = slot(slots, id)
+        else {
             return;
         };
         let socket = set.get_mut::<Socket<'_>>(*handle);
@@ -658,7 +493,7 @@ impl Flows {
             marks.wants_write &= !writable;
             events.push_back(Event::Ready(id));
         }
-        if let Some(due) = interface.poll_at(at, set) {
+        if let Some(due) = stack.poll_at(set, *route, at) {
             // `poll_egress` has just run dry: whatever says "at once" can wait for a clock tick.
             let due = *start + Duration::from_micros(due.total_micros().max(at.total_micros() + 1000) as u64);
             if timer.is_none_or(|timer| due < timer) {
@@ -681,7 +516,7 @@ impl Flows {
         let Some(flow) = slot.flow.take() else { return };
         self.table.remove(&flow.pair);
         self.free.push(id.index);
-        if let Stage::Open { mut set, handle } = flow.stage
+        if let Stage::Open { mut set, handle, .. } = flow.stage
             && self.spare.len() < SPARE
         {
             set.get_mut::<Socket<'_>>(handle).abort();
@@ -695,7 +530,7 @@ impl Flows {
 
     fn socket_of(&mut self, id: FlowId) -> Option<(&mut Marks, &mut Socket<'static>)> {
         let Flow { stage, marks, .. } = slot(&mut self.slots, id)?;
-        let Stage::Open { set, handle } = stage else { return None };
+        let Stage::Open { set, handle, .. } = stage else { return None };
         Some((marks, set.get_mut(*handle)))
     }
 
@@ -706,13 +541,6 @@ impl Flows {
 
 fn slot(slots: &mut [Slot], id: FlowId) -> Option<&mut Flow> {
     slots.get_mut(id.index as usize).filter(|slot| slot.generation == id.generation)?.flow.as_mut()
-}
-
-/// For the one turn of smoltcp that sends nothing.
-struct Nowhere;
-
-impl Sink for Nowhere {
-    fn send(&mut self, _frame: &[u8]) {}
 }
 
 #[cfg(test)]

@@ -150,7 +150,7 @@ impl LaptopNet {
 
     /// Packets so far.
     pub fn counters(&self) -> flow::Counters {
-        self.shared.plane.borrow().flows.counters().clone()
+        self.shared.plane.borrow().flows.counters()
     }
 
     /// Sends names elsewhere from here on, e.g. after the host's resolver or the cluster's ranges have changed.

@@ -19,6 +19,8 @@ pub(super) struct Device<'a, S> {
     pub frame: &'a mut [u8],
     pub sink: &'a mut S,
     pub mtu: usize,
+    /// Bytes of payload after which a packet is segmented by the kernel, where smoltcp does not say so itself.
+    pub split: Option<u16>,
     /// Frames sent through this device.
     pub sent: &'a mut u64,
 }
@@ -38,11 +40,11 @@ impl<S: Sink> phy::Device for Device<'_, S> {
 
     fn receive(&mut self, _now: Instant) -> Option<(Rx<'_>, Tx<'_, S>)> {
         let rx = self.rx.take()?;
-        Some((Rx(rx), Tx { frame: self.frame, sink: self.sink, sent: self.sent, segment: None }))
+        Some((Rx(rx), Tx { frame: self.frame, sink: self.sink, sent: self.sent, segment: self.split }))
     }
 
     fn transmit(&mut self, _now: Instant) -> Option<Tx<'_, S>> {
-        Some(Tx { frame: self.frame, sink: self.sink, sent: self.sent, segment: None })
+        Some(Tx { frame: self.frame, sink: self.sink, sent: self.sent, segment: self.split })
     }
 
     fn capabilities(&self) -> DeviceCapabilities {
@@ -53,7 +55,8 @@ impl<S: Sink> phy::Device for Device<'_, S> {
         caps.checksum.tcp = Checksum::None;
         caps.checksum.ipv4 = Checksum::Tx;
         caps.segmentation.tcpv4 = Some(SEGMENTABLE);
-        caps.segmentation.tcpv6 = Some(SEGMENTABLE);
+        // Not tcpv6: smoltcp 0.14 drops what is longer than the MTU before it asks whether the device would cut it
+        // (`InterfaceInner::dispatch_ip`). See `Flows::device` for what is done instead.
         caps
     }
 }
@@ -84,6 +87,6 @@ impl<S: Sink> phy::TxToken for Tx<'_, S> {
     }
 
     fn set_meta(&mut self, meta: PacketMeta) {
-        self.segment = meta.segmentation_offload_size.map(std::num::NonZero::get);
+        self.segment = meta.segmentation_offload_size.map(std::num::NonZero::get).or(self.segment);
     }
 }

@@ -113,7 +113,7 @@ pub(super) fn parse(frame: &[u8]) -> Result<(&[u8], Parsed<'_>), DropReason> {
 }
 
 /// Completes a frame whose TCP checksum field is to hold the pseudo-header sum: header for the kernel to finish
-/// checksum and, with `segment` bytes of payload a packet, segmentation.
+/// checksum and, where the payload is longer than `segment` bytes, segmentation.
 pub(super) fn offload(frame: &mut [u8], segment: Option<u16>) {
     let (header, packet) = frame.split_at_mut(HEADER);
     header.fill(0);
@@ -127,13 +127,41 @@ pub(super) fn offload(frame: &mut [u8], segment: Option<u16>) {
     let tcp_header = usize::from(packet[ip + 12] >> 4) * 4;
     packet[ip + TCP_CHECKSUM..ip + TCP_CHECKSUM + 2].copy_from_slice(&sum.to_be_bytes());
     header[0] = NEEDS_CSUM;
-    if let Some(segment) = segment {
+    let payload = packet.len() - ip - tcp_header;
+    if let Some(segment) = segment.filter(|segment| payload > usize::from(*segment)) {
         header[1] = if v6 { GSO_TCPV6 } else { GSO_TCPV4 };
         header[2..4].copy_from_slice(&((ip + tcp_header) as u16).to_ne_bytes());
         header[4..6].copy_from_slice(&segment.to_ne_bytes());
     }
     header[6..8].copy_from_slice(&(ip as u16).to_ne_bytes());
     header[8..10].copy_from_slice(&(TCP_CHECKSUM as u16).to_ne_bytes());
+}
+
+/// Raises the maximum segment size that an IPv6 SYN announces (RFC 9293 §3.7.1) to `mss`, and returns what it was.
+/// `None`, and nothing changed, for one that announces none. The checksum is left as it was: it is verified by then.
+pub(super) fn raise_mss(syn: &mut [u8], mss: u16) -> Option<u16> {
+    const IP: usize = 40;
+    const END: u8 = 0;
+    const NOTHING: u8 = 1;
+    const MSS: u8 = 2;
+    let header = usize::from(*syn.get(IP + 12)? >> 4) * 4;
+    let mut options = syn.get_mut(IP + 20..IP + header)?;
+    loop {
+        match options {
+            [MSS, 4, high, low, ..] => {
+                let old = u16::from_be_bytes([*high, *low]);
+                [*high, *low] = mss.to_be_bytes();
+                return Some(old);
+            }
+            [NOTHING, rest @ ..] => options = rest,
+            [END, ..] | [] => return None,
+            [_, length, ..] if *length >= 2 => {
+                let length = usize::from(*length);
+                options = options.get_mut(length..)?;
+            }
+            _ => return None,
+        }
+    }
 }
 
 /// Kinds of "destination unreachable" (RFC 792, RFC 1812 §5.2.7.1, RFC 4443 §3.1).
