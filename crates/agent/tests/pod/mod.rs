@@ -71,12 +71,14 @@ pub fn in_pod<F: Future<Output = ()>>(test: impl FnOnce(Outside) -> F + Send + '
     let (send, requests) = mpsc::channel::<(SocketAddr, tokio::sync::oneshot::Sender<_>)>();
     let (name, outside_name) = mpsc::channel();
     let (up, wait_up) = mpsc::channel::<()>();
+    let (outside_up, wait_outside_up) = mpsc::channel::<()>();
     let outside = std::thread::spawn(move || {
         name.send(namespace()).unwrap();
         wait_up.recv().unwrap();
         run("ip addr add 10.9.0.1/24 dev veth0");
         run("ip -6 addr add fd09::1/64 dev veth0 nodad");
         run("ip link set veth0 up");
+        outside_up.send(()).unwrap();
         while let Ok((to, reply)) = requests.recv() {
             let _ = reply.send(std::net::TcpStream::connect_timeout(&to, PATIENCE));
         }
@@ -89,6 +91,7 @@ pub fn in_pod<F: Future<Output = ()>>(test: impl FnOnce(Outside) -> F + Send + '
         run("ip -6 addr add fd09::2/64 dev eth0 nodad");
         run("ip link set eth0 up");
         up.send(()).unwrap();
+        wait_outside_up.recv().unwrap();
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
         runtime.block_on(async {
             let local = tokio::task::LocalSet::new();
