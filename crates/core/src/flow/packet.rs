@@ -53,6 +53,10 @@ pub(super) enum Parsed<'a> {
 /// Takes a frame apart: the IP packet, cut to the length it states, and what it carries.
 pub(super) fn parse(frame: &[u8]) -> Result<(&[u8], Parsed<'_>), DropReason> {
     let (header, packet) = frame.split_at_checked(HEADER).ok_or(DropReason::Malformed)?;
+    if packet.is_empty() {
+        // smoltcp looks at the first byte without asking whether there is one.
+        return Err(DropReason::Malformed);
+    }
     let trusted = header[0] & (NEEDS_CSUM | DATA_VALID) != 0;
     let malformed = |_| DropReason::Malformed;
     let (src, dst, protocol, payload): (IpAddr, IpAddr, IpProtocol, &[u8]) =
