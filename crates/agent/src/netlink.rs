@@ -44,10 +44,7 @@ impl Netlink {
 
     /// Sends `requests` as one datagram and gives the payloads (with their types) of what comes back. Errors of
     /// single requests come second; the first one is the cause.
-    pub(crate) fn exchange(
-        &mut self,
-        requests: &Requests,
-    ) -> io::Result<(Vec<Answer>, Option<Refused>)> {
+    pub(crate) fn exchange(&mut self, requests: &Requests) -> io::Result<(Vec<Answer>, Option<Refused>)> {
         let first = self.sequence;
         let mut bytes = requests.bytes.clone();
         for start in &requests.starts {
