@@ -162,6 +162,10 @@ impl Client {
             if let Told::Agent(present) = &self.told {
                 present.update(self.relay, BTreeMap::new());
             }
+            if matches!(ended, Ended::Endpoint(EndpointError::Connect(quinn::ConnectError::EndpointStopping)))
+            {
+                return;
+            }
             tokio::time::sleep(backoff).await;
             backoff = (backoff * 2).min(*BACKOFF.end());
         }

@@ -1,5 +1,5 @@
 //! A small world in one process: one authority, a relay on loopback, agents on UDP, laptops through TCP pipes.
-#![allow(dead_code)] // each test file uses its part
+#![allow(dead_code, clippy::unwrap_used)] // each test file uses its part; helpers of tests are tests
 
 use std::net::SocketAddr;
 use std::time::Duration;
