@@ -188,7 +188,7 @@ mod tests {
             assert!(zones().place(&whole[..cut]).is_err(), "cut at {cut}");
             assert_eq!(failure(&whole[..cut], Failure::FormErr).is_some(), cut >= 12);
         }
-        let mut answer = whole.clone();
+        let mut answer = whole;
         answer[2] |= 0x80;
         assert!(zones().place(&answer).is_err(), "an answer is not answered");
         assert_eq!(failure(&answer, Failure::FormErr), None);
