@@ -11,7 +11,7 @@ use forkd_daemon::failure::{Exit, Failure};
 use forkd_daemon::kubernetes::{self, Target};
 use k8s_openapi::api::apps::v1::{Deployment, StatefulSet};
 use k8s_openapi::api::certificates::v1::CertificateSigningRequest;
-use k8s_openapi::api::core::v1::{ConfigMap, Pod};
+use k8s_openapi::api::core::v1::{ConfigMap, Event, Pod};
 use kube::api::{DeleteParams, ListParams, Patch, PatchParams, PostParams, PropagationPolicy};
 use kube::core::{ApiResource, DynamicObject};
 use kube::{Api, Client, ResourceExt as _};
@@ -47,6 +47,10 @@ pub async fn install(global: &Global, ui: &Ui, args: &args::Install) -> Result<(
         return ui.print(&yaml);
     }
     let client = Target::read(&global.choice())?.client().await?;
+    // All are looked at before the first is applied: half an installation helps nobody.
+    for object in &objects {
+        may_apply(&client, object).await?;
+    }
     let mut applied = Vec::new();
     for object in &objects {
         let name = describe(object);
@@ -57,6 +61,10 @@ pub async fn install(global: &Global, ui: &Ui, args: &args::Install) -> Result<(
         }
     }
     if !args.dry_run {
+        // An uninstall that was interrupted has left it; agents would be sent away as soon as they come.
+        let maps = Api::<ConfigMap>::namespaced(client.clone(), SYSTEM_NAMESPACE);
+        fine_if_gone(maps.delete(RETIRE, &DeleteParams::default()).await.map(drop))
+            .map_err(|error| kubernetes::failure("cannot clear what an earlier uninstall left", &error))?;
         ready(&client, ui).await?;
     }
     let done = if args.dry_run { "would be applied" } else { "applied; forkd is ready" };
@@ -66,19 +74,30 @@ pub async fn install(global: &Global, ui: &Ui, args: &args::Install) -> Result<(
     })
 }
 
+/// An object that is not there, or is forkd's own.
+async fn may_apply(client: &Client, object: &DynamicObject) -> Result<(), Failure> {
+    let (name, api) = (describe(object), api_of(client, object)?);
+    let cannot = |error: kube::Error| kubernetes::failure(format!("cannot look for {name}"), &error);
+    match api.get_opt(&object.name_any()).await.map_err(cannot)? {
+        Some(found) if !is_own(&found) => {
+            Err(Failure::new(format!("cannot apply {name}: there is one that forkd did not make"))
+                .because(format!("it lacks the label {MANAGED_BY}={MANAGER}; nothing was applied"))
+                .advice("remove or rename it, or label it if it is forkd's")
+                .exit(Exit::Refused))
+        }
+        _ => Ok(()),
+    }
+}
+
+fn is_own(object: &DynamicObject) -> bool {
+    object.labels().get(MANAGED_BY).map(String::as_str) == Some(MANAGER)
+}
+
 async fn apply(client: &Client, object: &DynamicObject, dry_run: bool) -> Result<&'static str, Failure> {
     let api = api_of(client, object)?;
     let name = object.name_any();
     let cannot = |error: kube::Error| kubernetes::failure("the API server refused", &error);
     let before = api.get_opt(&name).await.map_err(cannot)?;
-    if let Some(before) = &before
-        && before.labels().get(MANAGED_BY).map(String::as_str) != Some(MANAGER)
-    {
-        return Err(Failure::new("there is such an object, and forkd did not make it")
-            .because(format!("it lacks the label {MANAGED_BY}={MANAGER}"))
-            .advice("remove or rename it, or label it if it is forkd's")
-            .exit(Exit::Refused));
-    }
     let params = PatchParams { dry_run, ..PatchParams::apply(MANAGER).force() };
     match api.patch(&name, &params, &Patch::Apply(object)).await {
         Ok(after) => Ok(match before {
@@ -168,6 +187,7 @@ pub async fn uninstall(global: &Global, ui: &Ui, args: &args::Uninstall) -> Resu
         delete(&client, &object).await?;
     }
     end_requests(&client).await?;
+    end_events(&client).await?;
     for object in objects.iter().rev() {
         gone(&client, ui, object).await?;
     }
@@ -196,13 +216,13 @@ async fn end_claims(client: &Client, ui: &Ui) -> Result<(), Failure> {
     ui.step("ending all intercepts");
     let cannot = |error: kube::Error| kubernetes::failure("cannot end the intercepts", &error);
     let targets = Api::<ForkTarget>::all(client.clone());
-    for target in or_none(targets.list(&ListParams::default()).await).map_err(cannot)? {
+    for target in list(&targets).await.map_err(cannot)? {
         let api = Api::<ForkTarget>::namespaced(client.clone(), &target.namespace().unwrap_or_default());
         fine_if_gone(api.delete(&target.name_any(), &DeleteParams::default()).await.map(drop))
             .map_err(cannot)?;
     }
     let forks = Api::<Fork>::all(client.clone());
-    for fork in or_none(forks.list(&ListParams::default()).await).map_err(cannot)? {
+    for fork in list(&forks).await.map_err(cannot)? {
         fine_if_gone(forks.delete(&fork.name_any(), &DeleteParams::default()).await.map(drop))
             .map_err(cannot)?;
     }
@@ -261,16 +281,26 @@ async fn end_requests(client: &Client) -> Result<(), Failure> {
     Ok(())
 }
 
+/// Deletes the controller's events: they are about objects of a kind that the cluster knows no longer.
+async fn end_events(client: &Client) -> Result<(), Failure> {
+    let cannot = |error: kube::Error| kubernetes::failure("cannot delete forkd's events", &error);
+    let ours = ListParams::default().fields("reportingComponent=forkd-controller");
+    for event in Api::<Event>::all(client.clone()).list(&ours).await.map_err(cannot)? {
+        let api = Api::<Event>::namespaced(client.clone(), &event.namespace().unwrap_or_default());
+        fine_if_gone(api.delete(&event.name_any(), &DeleteParams::default()).await.map(drop))
+            .map_err(cannot)?;
+    }
+    Ok(())
+}
+
 /// The object as it is in the cluster, if it is there and forkd's.
 async fn own(client: &Client, object: &DynamicObject) -> Result<Option<DynamicObject>, Failure> {
     let cannot = |error| kubernetes::failure(format!("cannot look for {}", describe(object)), &error);
     let found = api_of(client, object)?.get_opt(&object.name_any()).await.map_err(cannot)?;
-    Ok(found.filter(|found| found.labels().get(MANAGED_BY).map(String::as_str) == Some(MANAGER)).map(
-        |mut found| {
-            found.types.clone_from(&object.types);
-            found
-        },
-    ))
+    Ok(found.filter(is_own).map(|mut found| {
+        found.types.clone_from(&object.types);
+        found
+    }))
 }
 
 async fn delete(client: &Client, object: &DynamicObject) -> Result<(), Failure> {
@@ -325,11 +355,21 @@ fn fine_if_gone(result: Result<(), kube::Error>) -> Result<(), kube::Error> {
     }
 }
 
-/// The items of a list; none where the cluster does not know the kind (any more).
-fn or_none<K: Clone>(list: Result<kube::core::ObjectList<K>, kube::Error>) -> Result<Vec<K>, kube::Error> {
-    match list {
-        Ok(list) => Ok(list.items),
-        Err(kube::Error::Api(status)) if status.code == 404 => Ok(Vec::new()),
-        Err(error) => Err(error),
+/// All objects of a kind; none where the cluster does not know the kind (any more).
+async fn list<K>(api: &Api<K>) -> Result<Vec<K>, kube::Error>
+where
+    K: Clone + std::fmt::Debug + serde::de::DeserializeOwned,
+{
+    let began = Instant::now();
+    loop {
+        match api.list(&ListParams::default()).await {
+            Ok(list) => return Ok(list.items),
+            Err(kube::Error::Api(status)) if status.code == 404 => return Ok(Vec::new()),
+            // The storage of a kind that was defined a moment ago is being set up.
+            Err(error) if kubernetes::transient(&error) && began.elapsed() < PATIENCE => {
+                tokio::time::sleep(LOOK).await;
+            }
+            Err(error) => return Err(error),
+        }
     }
 }
