@@ -485,39 +485,41 @@ impl Reconciler {
 
     /// Deletes targets whose laptop nobody has seen for the grace.
     async fn free_claims(&self, plan: &Plan) -> Result<(), kube::Error> {
-        let laptops = self.hub.laptops();
+        let (laptops, now) = (self.hub.laptops(), Instant::now());
         for planned in &plan.targets {
             let target = &planned.target;
-            if laptops.contains(&target.spec.laptop.id) || Instant::now() < self.free_at(target) {
+            if laptops.contains(&target.spec.laptop.id) || now < self.free_at(target, now) {
                 continue;
             }
-            let minutes = self.config.grace.as_secs() / 60;
-            let note = format!(
-                "the laptop of {} was gone for {minutes} minutes: its claim is free again",
-                target.spec.owner
-            );
-            tracing::info!(
-                target = target.name_any(),
-                namespace = target.namespace(),
-                owner = target.spec.owner,
-                "freed a claim"
-            );
-            self.publish(target, EventType::Warning, "LaptopGone", &note).await;
             let preconditions =
                 Preconditions { uid: target.metadata.uid.clone(), ..Preconditions::default() };
             let params = DeleteParams { preconditions: Some(preconditions), ..DeleteParams::default() };
-            gone_is_fine(self.targets_of(target).delete(&target.name_any(), &params).await)?;
+            match self.targets_of(target).delete(&target.name_any(), &params).await {
+                Ok(_) => {}
+                // The watch has not shown yet that it is gone.
+                Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => continue,
+                Err(error) => return Err(error),
+            }
+            let (owner, grace) = (&target.spec.owner, self.config.grace.as_secs());
+            tracing::info!(
+                target = target.name_any(),
+                namespace = target.namespace(),
+                owner,
+                "freed a claim"
+            );
+            let note = format!("the laptop of {owner} was gone for {grace} s: its claim is free again");
+            self.publish(target, EventType::Warning, "LaptopGone", &note).await;
         }
         Ok(())
     }
 
     /// When a target's claim is freed unless its laptop comes back. A target younger than the laptop's absence counts
     /// from its own creation.
-    fn free_at(&self, target: &ForkTarget) -> Instant {
+    fn free_at(&self, target: &ForkTarget, now: Instant) -> Instant {
         let created = target.metadata.creation_timestamp.as_ref().map_or(Timestamp::now(), |time| time.0);
         let age = Duration::try_from(Timestamp::now().duration_since(created)).unwrap_or_default();
         let left = self.config.grace.saturating_sub(age);
-        (self.hub.gone_since(&target.spec.laptop.id) + self.config.grace).max(Instant::now() + left)
+        (self.hub.gone_since(&target.spec.laptop.id) + self.config.grace).max(now + left)
     }
 
     /// Marks the namespace for when the next wait is over.
@@ -538,7 +540,7 @@ impl Reconciler {
         let laptops = self.hub.laptops();
         for planned in &plan.targets {
             if !laptops.contains(&planned.target.spec.laptop.id) {
-                at(self.free_at(&planned.target));
+                at(self.free_at(&planned.target, now));
             }
             for in_pod in &planned.pods {
                 for purpose in [Purpose::Pod, Purpose::Env] {
