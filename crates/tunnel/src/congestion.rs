@@ -86,6 +86,11 @@ pub struct Bandwidth {
     startup: Option<(f64, u8)>,
     cycle: usize,
     window: u64,
+    /// Bytes that are sent and neither acknowledged nor lost; exact after each batch of acknowledgements.
+    in_flight: u64,
+    /// Of these, what was sent before the last restart. It is probably lost with its path, which nobody knows before
+    /// something newer is acknowledged: so it must not keep newer packets from being sent.
+    stale: u64,
 }
 
 #[derive(Clone, Debug)]
@@ -110,15 +115,50 @@ impl Bandwidth {
             startup: Some((0.0, 0)),
             cycle: 0,
             window: INITIAL,
+            in_flight: 0,
+            stale: 0,
         }
     }
 
     fn restart(&mut self, now: Instant) {
-        *self = Self::new(self.generation.clone(), now);
+        // Ack-only packets are in the sum and never in flight: what the window did not allow is not there.
+        let in_flight = self.in_flight.min(self.window + self.stale);
+        *self = Self { in_flight, stale: in_flight, ..Self::new(self.generation.clone(), now) };
+    }
+
+    fn follow_path(&mut self, now: Instant) {
+        if self.generation.load() != self.seen {
+            self.restart(now);
+        }
     }
 
     fn max_rate(&self) -> f64 {
         self.rates.iter().copied().fold(0.0, f64::max)
+    }
+
+    fn acked(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, smoothed: Duration) {
+        self.follow_path(now);
+        self.in_flight = self.in_flight.saturating_sub(bytes);
+        if sent < self.since {
+            self.stale = self.stale.saturating_sub(bytes);
+            return;
+        }
+        let sample = now.saturating_duration_since(sent);
+        let smallest = match self.min_rtt {
+            Some((least, at)) if sample > least && now.saturating_duration_since(at) < MIN_RTT_LIFE => least,
+            _ => {
+                self.min_rtt = Some((sample, now));
+                sample
+            }
+        };
+        // Only round trips that our own queue does not explain count as jitter: when little is in flight. The
+        // estimator's value, not the sample: a lone packet is acknowledged up to 25 ms late (RFC 9000 §18.2).
+        if app_limited {
+            self.jitter = (self.jitter * 15 + smoothed.saturating_sub(smallest).min(MAX_JITTER)) / 16;
+        }
+        self.round.acked += bytes;
+        self.round.app_limited |= app_limited;
+        self.end_round(now, smoothed);
     }
 
     fn end_round(&mut self, now: Instant, rtt: Duration) {
@@ -159,30 +199,18 @@ impl Bandwidth {
 }
 
 impl Controller for Bandwidth {
+    fn on_sent(&mut self, now: Instant, bytes: u64, _last_packet_number: u64) {
+        self.follow_path(now);
+        self.in_flight += bytes;
+    }
+
     fn on_ack(&mut self, now: Instant, sent: Instant, bytes: u64, app_limited: bool, rtt: &RttEstimator) {
-        let generation = self.generation.load();
-        if generation != self.seen {
-            self.restart(now);
-        }
-        if sent < self.since {
-            return;
-        }
-        let sample = now.saturating_duration_since(sent);
-        let smallest = match self.min_rtt {
-            Some((least, at)) if sample > least && now.saturating_duration_since(at) < MIN_RTT_LIFE => least,
-            _ => {
-                self.min_rtt = Some((sample, now));
-                sample
-            }
-        };
-        // Only round trips that our own queue does not explain count as jitter: when little is in flight. The
-        // estimator's value, not the sample: a lone packet is acknowledged up to 25 ms late (RFC 9000 §18.2).
-        if app_limited {
-            self.jitter = (self.jitter * 15 + rtt.get().saturating_sub(smallest).min(MAX_JITTER)) / 16;
-        }
-        self.round.acked += bytes;
-        self.round.app_limited |= app_limited;
-        self.end_round(now, rtt.get());
+        self.acked(now, sent, bytes, app_limited, rtt.get());
+    }
+
+    fn on_end_acks(&mut self, _now: Instant, in_flight: u64, _app_limited: bool, _largest: Option<u64>) {
+        self.in_flight = in_flight;
+        self.stale = self.stale.min(in_flight);
     }
 
     fn on_congestion_event(
@@ -190,10 +218,15 @@ impl Controller for Bandwidth {
         now: Instant,
         sent: Instant,
         is_persistent_congestion: bool,
-        _lost: u64,
+        lost: u64,
     ) {
-        // Everything sent for a long time is lost: whatever path this is, it is not the one that was measured.
-        if is_persistent_congestion && sent >= self.since {
+        self.follow_path(now);
+        self.in_flight = self.in_flight.saturating_sub(lost);
+        self.stale = self.stale.min(self.in_flight);
+        if sent < self.since {
+            self.stale = self.stale.saturating_sub(lost);
+        } else if is_persistent_congestion {
+            // Everything sent for a long time is lost: whatever path this is, it is not the one that was measured.
             self.restart(now);
         }
     }
@@ -201,7 +234,12 @@ impl Controller for Bandwidth {
     fn on_mtu_update(&mut self, _new_mtu: u16) {}
 
     fn window(&self) -> u64 {
-        self.window
+        if self.generation.load() == self.seen {
+            self.window + self.stale
+        } else {
+            // Nothing was sent or acknowledged since the switch.
+            self.in_flight + INITIAL
+        }
     }
 
     fn clone_box(&self) -> Box<dyn Controller> {
@@ -214,5 +252,128 @@ impl Controller for Bandwidth {
 
     fn into_any(self: Box<Self>) -> Box<dyn Any> {
         self
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PACKET: u64 = 1400;
+
+    /// A bottleneck of `rate` bytes per second with an endless queue, `rtt` away; a sender with endless data.
+    struct Link {
+        controller: Bandwidth,
+        now: Instant,
+        rate: f64,
+        rtt: Duration,
+        busy_until: Instant,
+        flying: VecDeque<(Instant, Instant)>,
+        smoothed: Duration,
+    }
+
+    impl Link {
+        fn new(rate: f64, rtt: Duration) -> Self {
+            let now = Instant::now();
+            let controller = Bandwidth::new(Generation::default(), now);
+            Self { controller, now, rate, rtt, busy_until: now, flying: VecDeque::new(), smoothed: rtt }
+        }
+
+        fn send(&mut self) {
+            while (self.flying.len() as u64 + 1) * PACKET <= self.controller.window() {
+                self.controller.on_sent(self.now, PACKET, 0);
+                let start = self.busy_until.max(self.now);
+                self.busy_until = start + Duration::from_secs_f64(PACKET as f64 / self.rate);
+                self.flying.push_back((self.now, self.busy_until + self.rtt));
+            }
+        }
+
+        /// Goodput in bytes per second and the mean round trip over `span`.
+        fn run(&mut self, span: Duration) -> (f64, Duration) {
+            let end = self.now + span;
+            let (mut acked, mut sum) = (0_u64, Duration::ZERO);
+            self.send();
+            while let Some((sent, at)) = self.flying.pop_front() {
+                if at > end {
+                    self.flying.push_front((sent, at));
+                    break;
+                }
+                self.now = at;
+                self.smoothed = (self.smoothed * 7 + (at - sent)) / 8;
+                self.controller.acked(at, sent, PACKET, false, self.smoothed);
+                self.controller.on_end_acks(at, self.flying.len() as u64 * PACKET, false, None);
+                acked += 1;
+                sum += at - sent;
+                self.send();
+            }
+            self.now = end;
+            ((acked * PACKET) as f64 / span.as_secs_f64(), sum / u32::try_from(acked.max(1)).unwrap())
+        }
+
+        /// Everything in flight is lost, and the path is another.
+        fn switch(&mut self, rate: f64, rtt: Duration) {
+            (self.rate, self.rtt, self.busy_until) = (rate, rtt, self.now);
+            let lost = self.flying.len() as u64 * PACKET;
+            let sent = self.now;
+            self.controller.generation.bump();
+            assert!(self.controller.window() >= lost + INITIAL, "what is lost must not block what comes");
+            self.flying.clear();
+            self.controller.on_congestion_event(self.now + rtt, sent, false, lost);
+        }
+    }
+
+    const MBIT: f64 = 125_000.0;
+
+    #[test]
+    fn a_link_is_filled_and_its_queue_stays_short() {
+        for (mbit, ms) in [(200.0, 20), (50.0, 60), (1000.0, 5), (10.0, 100)] {
+            let rtt = Duration::from_millis(ms);
+            let mut link = Link::new(mbit * MBIT, rtt);
+            link.run(Duration::from_secs(3));
+            let (rate, mean) = link.run(Duration::from_secs(5));
+            assert!(rate > 0.93 * mbit * MBIT, "{mbit} Mbit/s {ms} ms: {} Mbit/s", rate / MBIT);
+            assert!(mean < rtt.mul_f64(1.5), "{mbit} Mbit/s {ms} ms: {mean:?}");
+        }
+    }
+
+    #[test]
+    fn a_near_path_is_not_held_back_by_what_a_far_one_taught_nor_the_other_way_round() {
+        let (near, far) = (Duration::from_micros(100), Duration::from_millis(20));
+        let mut link = Link::new(3000.0 * MBIT, near);
+        link.run(Duration::from_secs(1));
+        link.switch(200.0 * MBIT, far);
+        link.run(Duration::from_millis(500));
+        let (rate, mean) = link.run(Duration::from_secs(1));
+        assert!(rate > 180.0 * MBIT, "{} Mbit/s", rate / MBIT);
+        assert!(mean < far.mul_f64(1.6), "{mean:?}");
+        link.switch(3000.0 * MBIT, near);
+        link.run(Duration::from_millis(100));
+        assert!(link.run(Duration::from_millis(500)).0 > 2500.0 * MBIT);
+    }
+
+    #[test]
+    fn a_rate_that_falls_is_followed() {
+        let rtt = Duration::from_millis(20);
+        let mut link = Link::new(200.0 * MBIT, rtt);
+        link.run(Duration::from_secs(2));
+        link.rate = 50.0 * MBIT;
+        link.run(Duration::from_secs(3));
+        let (rate, mean) = link.run(Duration::from_secs(2));
+        assert!(rate > 45.0 * MBIT && mean < rtt.mul_f64(1.6), "{} Mbit/s, {mean:?}", rate / MBIT);
+    }
+
+    #[test]
+    fn an_idle_application_teaches_nothing_about_the_rate() {
+        let start = Instant::now();
+        let mut controller = Bandwidth::new(Generation::default(), start);
+        let rtt = Duration::from_millis(20);
+        for n in 1..2000u32 {
+            let now = start + rtt * n;
+            controller.on_sent(now - rtt, 100, 0);
+            controller.acked(now, now - rtt, 100, true, rtt);
+            controller.on_end_acks(now, 0, true, None);
+        }
+        assert!(controller.window() >= FAR_FLOOR);
+        assert!(controller.startup.is_some(), "the rate is yet to be found");
     }
 }

@@ -182,7 +182,7 @@ fn only_a_renewal_of_the_same_party_replaces_credentials() {
     let good = sign(&authority, &identity);
     assert!(held.replace(good.clone(), &KeyPair::generate().unwrap()).is_err(), "another key");
     assert_eq!(held.expires_at(), before);
-    held.clone().replace(good, &key).unwrap();
+    held.replace(good, &key).unwrap();
     assert!(held.expires_at() > before);
 }
 
@@ -222,7 +222,7 @@ fn two_parties_of_one_authority_know_each_other_and_others_stay_out() {
     let name = controller.dns_name();
 
     let (seen_server, seen_client) = handshake(client.clone(), required.clone(), &name).unwrap();
-    assert_eq!((seen_server, seen_client.unwrap()), (controller.clone(), agent.clone()));
+    assert_eq!((seen_server, seen_client.unwrap()), (controller, agent.clone()));
 
     let joining = joining_client_config(authority.certificate(), &[b"x"]).unwrap();
     assert!(handshake(joining.clone(), required.clone(), &name).is_err());
@@ -230,8 +230,8 @@ fn two_parties_of_one_authority_know_each_other_and_others_stay_out() {
     assert!(matches!(nobody, Err(IdentityError::NoCertificate)));
 
     let stranger = credentials(&Authority::create().unwrap(), &agent).client_config(&[b"x"]).unwrap();
-    assert!(handshake(stranger.clone(), optional, &name).is_err(), "the client trusts another authority");
-    assert!(handshake(client.clone(), required.clone(), "other.relay.forkd.internal").is_err(), "wrong name");
+    assert!(handshake(stranger, optional, &name).is_err(), "the client trusts another authority");
+    assert!(handshake(client, required.clone(), "other.relay.forkd.internal").is_err(), "wrong name");
     let other_alpn = credentials(&authority, &agent).client_config(&[b"y"]).unwrap();
     assert!(handshake(other_alpn, required, &name).is_err(), "no common version");
 }

@@ -23,30 +23,36 @@ const INBOX: usize = 1 << 20;
 /// QUIC packets for the relay itself, with where they came from.
 #[derive(Default)]
 pub(super) struct Inbox {
-    queue: Mutex<(VecDeque<(SocketAddr, Box<[u8]>)>, usize)>,
+    waiting: Mutex<Waiting>,
     receiver: AtomicWaker,
+}
+
+#[derive(Default)]
+struct Waiting {
+    packets: VecDeque<(SocketAddr, Box<[u8]>)>,
+    bytes: usize,
 }
 
 impl Inbox {
     /// False when it is full.
     pub(super) fn push(&self, from: SocketAddr, packet: &[u8]) -> bool {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
-        if queue.1 + packet.len() > INBOX {
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
+        if waiting.bytes + packet.len() > INBOX {
             return false;
         }
-        queue.1 += packet.len();
-        queue.0.push_back((from, packet.into()));
-        drop(queue);
+        waiting.bytes += packet.len();
+        waiting.packets.push_back((from, packet.into()));
+        drop(waiting);
         self.receiver.wake();
         true
     }
 
     fn take(&self, bufs: &mut [IoSliceMut<'_>], metas: &mut [RecvMeta]) -> usize {
-        let mut queue = self.queue.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let mut count = 0;
         while count < bufs.len().min(metas.len()) {
-            let Some((addr, packet)) = queue.0.pop_front() else { break };
-            queue.1 -= packet.len();
+            let Some((addr, packet)) = waiting.packets.pop_front() else { break };
+            waiting.bytes -= packet.len();
             let len = packet.len();
             // Longer than any packet of ours: it would fail to decrypt.
             let Some(room) = bufs[count].get_mut(..len) else { continue };
