@@ -352,6 +352,15 @@ mod tests {
     }
 
     #[test]
+    fn the_queue_does_not_creep_up_over_minutes() {
+        let rtt = Duration::from_millis(20);
+        let mut link = Link::new(100.0 * MBIT, rtt);
+        link.run(Duration::from_secs(180));
+        let (rate, mean) = link.run(Duration::from_secs(15));
+        assert!(rate > 93.0 * MBIT && mean < rtt.mul_f64(1.5), "{} Mbit/s, {mean:?}", rate / MBIT);
+    }
+
+    #[test]
     fn a_rate_that_falls_is_followed() {
         let rtt = Duration::from_millis(20);
         let mut link = Link::new(200.0 * MBIT, rtt);
