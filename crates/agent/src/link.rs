@@ -70,7 +70,7 @@ pub struct Link {
     /// How it stands between the two.
     pub state: watch::Receiver<State>,
     questions: mpsc::Sender<Question>,
-    answers: Mutex<HashMap<(User, authorize::Action), (Verdict, String, Instant)>>,
+    answers: Mutex<Answers>,
 }
 
 /// How it stands between a party and its controller.
@@ -83,6 +83,9 @@ pub enum State {
     /// Not heard of for too long: [`Config::lost_after`].
     Lost,
 }
+
+/// Who asked for what → verdict, reason, good until.
+type Answers = HashMap<(User, authorize::Action), (Verdict, String, Instant)>;
 
 struct Question {
     user: User,
@@ -176,9 +179,7 @@ impl Link {
         Ok((verdict, answer.reason))
     }
 
-    fn kept(
-        &self,
-    ) -> std::sync::MutexGuard<'_, HashMap<(User, authorize::Action), (Verdict, String, Instant)>> {
+    fn kept(&self) -> std::sync::MutexGuard<'_, Answers> {
         self.answers.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
     }
 }

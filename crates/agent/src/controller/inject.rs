@@ -264,7 +264,7 @@ mod tests {
         assert_eq!(life_at(&two, 101), Life::Missing(2));
         let four = pod(vec![ended(0, 50), ended(1, 70), ended(1, 80), ended(1, 90), ended(1, 100)]);
         assert!(matches!(life_at(&four, 103), Life::BackOff(due, _) if due.as_second() == 104));
-        let mut ran_well = four.clone();
+        let mut ran_well = four;
         if let AgentState::Ended { ran_long, .. } = &mut ran_well.agents[4].state {
             *ran_long = true;
         }

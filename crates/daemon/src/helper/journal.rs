@@ -208,7 +208,7 @@ mod tests {
     fn a_process_number_used_again_is_another_process() {
         let own = Process::of(std::process::id().cast_signed()).unwrap();
         assert!(own.is_alive());
-        assert!(!Process { start: own.start + 1, ..own.clone() }.is_alive());
+        assert!(!Process { start: own.start + 1, ..own }.is_alive());
         assert_eq!(Process::of(i32::MAX), None);
     }
 }

@@ -115,10 +115,10 @@ impl Link {
     pub fn set_routes(&mut self, wanted: &[IpNet]) -> Result<(), NetlinkError> {
         let before = self.routes.clone();
         let result = self.change_routes(wanted);
-        if result.is_err() {
-            if let Err(error) = self.change_routes(&before) {
-                tracing::warn!(%error, "the former routes could not be put back");
-            }
+        if result.is_err()
+            && let Err(error) = self.change_routes(&before)
+        {
+            tracing::warn!(%error, "the former routes could not be put back");
         }
         result
     }

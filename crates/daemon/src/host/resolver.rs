@@ -198,12 +198,9 @@ fn compose(original: &str, setting: &Setting) -> String {
     let mut theirs: Vec<String> = Vec::new();
     for line in original.lines() {
         let mut words = line.split_whitespace();
-        match words.next() {
-            Some("search" | "domain") => {
-                theirs = words.map(str::to_owned).collect();
-                rest.push_str(OFF);
-            }
-            _ => {}
+        if matches!(words.next(), Some("search" | "domain")) {
+            theirs = words.map(str::to_owned).collect();
+            rest.push_str(OFF);
         }
         rest.push_str(line);
         rest.push('\n');
