@@ -37,19 +37,19 @@ pub struct Cli {
 #[derive(Args, Debug, Clone)]
 pub struct Global {
     /// Kubeconfig file [default: $KUBECONFIG, then ~/.kube/config]
-    #[arg(long, global = true, value_name = "FILE")]
+    #[arg(long, global = true, help_heading = "Options of every command", value_name = "FILE")]
     pub kubeconfig: Option<PathBuf>,
     /// Context of the kubeconfig [default: its current one]
-    #[arg(long, global = true, value_name = "NAME")]
+    #[arg(long, global = true, help_heading = "Options of every command", value_name = "NAME")]
     pub context: Option<String>,
     /// Words for people, or JSON for programs: answers on stdout, failures on stderr
-    #[arg(long, short, global = true, value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
+    #[arg(long, short, global = true, help_heading = "Options of every command", value_enum, default_value_t = Output::Text, value_name = "FORMAT")]
     pub output: Output,
-    /// Say more; -vv also what the daemon logs at DEBUG
-    #[arg(long, short, global = true, action = clap::ArgAction::Count)]
+    /// Log more, where this command starts the daemon (`forkd status` names the log)
+    #[arg(long, short, global = true, help_heading = "Options of every command", action = clap::ArgAction::Count)]
     pub verbose: u8,
     /// No colour [also: NO_COLOR]
-    #[arg(long, global = true)]
+    #[arg(long, global = true, help_heading = "Options of every command")]
     pub no_color: bool,
 }
 
@@ -84,8 +84,8 @@ Examples:
   forkd connect                      then: curl http://cart.shop:8080/
   forkd connect --namespace shop     then: curl http://cart:8080/
 
-Only addresses of the cluster go to the cluster, only its names are asked there. `forkd quit` undoes all of it; so
-does the end of the daemon, however it comes about.")]
+Only addresses of the cluster go to the cluster, only its names are asked there. `forkd quit` undoes
+all of it; so does the end of the daemon, however it comes about.")]
     Connect(Connect),
     /// Say what the session is and does, and what is wrong
     Status,
@@ -95,15 +95,16 @@ does the end of the daemon, however it comes about.")]
     #[command(after_help = "\
 Examples:
   forkd intercept cart --port 8080 -- cargo run
-      Runs the command with the environment of cart's container; ends with it, and returns its exit code.
+      Runs the command with the environment of cart's container, ends with it, returns its exit code.
   forkd intercept cart --port 3000:http
       Sends the Service port named `http` to port 3000 here, until `forkd leave cart`.
   forkd intercept redis --all --port 6379
       Takes every connection, of everybody: the way for ports that speak no HTTP.
 
-Environment of the command: the container's, over this shell's own; PATH, HOME, USER, LOGNAME, SHELL, PWD, OLDPWD,
-TERM, COLORTERM, LANG, LC_*, TMPDIR, XDG_*, SSH_*, LD_*, DISPLAY, EDITOR and FORKD_* stay this shell's. Added are FORKD_FORK,
-FORKD_NAMESPACE, FORKD_SERVICE and FORKD_BAGGAGE. Nothing of it is logged or written to a file.")]
+Environment of the command: the container's, over this shell's own. This shell's stay PATH, HOME,
+USER, LOGNAME, SHELL, PWD, OLDPWD, TERM, COLORTERM, LANG, LC_*, TMPDIR, XDG_*, SSH_*, LD_*, DISPLAY,
+EDITOR and FORKD_*. FORKD_FORK, FORKD_NAMESPACE, FORKD_SERVICE and FORKD_BAGGAGE are added. Nothing
+of it is logged or written to a file.")]
     Intercept(Intercept),
     /// Give a Service's requests back
     Leave(Leave),
@@ -215,9 +216,9 @@ pub struct Intercept {
 /// See [`Intercept::on_unavailable`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum OnUnavailable {
-    /// 503.
+    /// 503, with the reason.
     Error,
-    /// The pod's application.
+    /// As the pod's application answers.
     Baseline,
 }
 

@@ -19,7 +19,10 @@ use args::{Cli, Command, Shell};
 use ui::Ui;
 
 fn main() -> ExitCode {
-    let cli = Cli::parse();
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(error) => return explain(&error),
+    };
     match &cli.command {
         // These two are processes of their own and bring their own runtime.
         Command::Daemon(_) => return forkd_daemon::daemon::main(&cli.global.choice(), cli.global.verbose),
@@ -40,6 +43,27 @@ fn main() -> ExitCode {
         Ok(code) => code.into(),
         Err(failure) => ui.fail(&failure).into_code(),
     }
+}
+
+/// Help and version as they are; a command line that makes no sense as JSON, where it says that it wants JSON.
+fn explain(error: &clap::Error) -> ExitCode {
+    let wants_json = std::env::args().collect::<Vec<_>>().windows(2).any(|pair| {
+        matches!(pair[0].as_str(), "-o" | "--output") && pair[1] == "json"
+            || pair[1] == "--output=json"
+            || pair[1] == "-ojson"
+    });
+    if !(error.use_stderr() && wants_json) {
+        error.exit();
+    }
+    let text = error.to_string();
+    let said = text.lines().next().unwrap_or_default().trim_start_matches("error: ");
+    let failure =
+        Failure::new(said).advice("`forkd help` and `forkd help COMMAND` have examples").exit(Exit::Usage);
+    match serde_json::to_string(&failure) {
+        Ok(json) => eprintln!("{json}"),
+        Err(_) => eprintln!("{text}"),
+    }
+    failure.exit.into_code()
 }
 
 trait IntoCode {

@@ -89,8 +89,13 @@ fn exit_code(status: ExitStatus) -> u8 {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use tokio::sync::Mutex;
+
+    /// A signal to this process reaches the command of every test that runs at the moment.
+    static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
     async fn sh(script: &str) -> Result<u8, Failure> {
+        let _one = ONE_AT_A_TIME.lock().await;
         let command = ["/bin/sh", "-c", script].map(OsString::from);
         run(&command, [("WHO".into(), "alice".into())].into(), std::future::pending(), || ()).await
     }
@@ -113,6 +118,7 @@ mod tests {
 
     #[tokio::test]
     async fn the_command_outlives_the_daemon() {
+        let _one = ONE_AT_A_TIME.lock().await;
         let mut told = false;
         let command = ["/bin/sh", "-c", "exit 3"].map(OsString::from);
         let code = run(&command, BTreeMap::new(), std::future::ready(()), || told = true).await;

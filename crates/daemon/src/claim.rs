@@ -17,6 +17,8 @@ use crate::kubernetes::{self, WaitError, Watched};
 const READY: Duration = Duration::from_secs(120);
 /// Until a deleted object is gone; the controller has no finaliser on it, so this is a matter of milliseconds.
 const GONE: Duration = Duration::from_secs(30);
+/// Until the controller has counted a target that is gone.
+const COUNT: Duration = Duration::from_secs(5);
 
 /// Who claims.
 #[derive(Clone)]
@@ -263,20 +265,28 @@ impl Claimant {
         Ok(held.is_some())
     }
 
-    /// Deletes the Fork if no target is left in it.
-    async fn drop_fork(&self, fork: &str) -> Result<(), Failure> {
-        let in_it = ListParams::default().labels(&format!("{FORK_LABEL}={fork}")).limit(1);
-        match Api::<ForkTarget>::all(self.client.clone()).list(&in_it).await {
+    /// Deletes the Fork if no target is left in it. Users who see only some namespaces cannot tell by looking; for them
+    /// the controller counts.
+    async fn drop_fork(&self, id: &str) -> Result<(), Failure> {
+        let api = Api::<Fork>::all(self.client.clone());
+        let failed = |error: &kube::Error| kubernetes::failure(format!("cannot delete the fork {id}"), error);
+        let in_it = ListParams::default().labels(&format!("{FORK_LABEL}={id}")).limit(1);
+        let version = match Api::<ForkTarget>::all(self.client.clone()).list(&in_it).await {
             Ok(rest) if !rest.items.is_empty() => return Ok(()),
-            Ok(_) => {}
-            // Users who see only some namespaces cannot tell: then the fork stays, which costs nothing.
-            Err(kube::Error::Api(status)) if status.code == 403 => return Ok(()),
-            Err(error) => return Err(kubernetes::failure("cannot see what else is in the fork", &error)),
-        }
-        match Api::<Fork>::all(self.client.clone()).delete(fork, &DeleteParams::default()).await {
+            Ok(_) => None,
+            Err(kube::Error::Api(status)) if status.code == 403 => match counted_empty(&api, id).await {
+                Ok(Some(version)) => Some(version),
+                Ok(None) => return Ok(()),
+                Err(error) => return Err(failed(&error)),
+            },
+            Err(error) => return Err(failed(&error)),
+        };
+        let as_seen = Preconditions { uid: None, resource_version: version };
+        match api.delete(id, &DeleteParams::default().preconditions(as_seen)).await {
+            // 409: the count has changed since; whoever came is in it.
+            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+            Err(error) => Err(failed(&error)),
             Ok(_) => Ok(()),
-            Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
-            Err(error) => Err(kubernetes::failure(format!("cannot delete the fork {fork}"), &error)),
         }
     }
 
@@ -292,6 +302,21 @@ impl Claimant {
             WaitError::TimedOut => Failure::new(format!("the ForkTarget {name} does not go away"))
                 .because("something holds it with a finaliser"),
         })
+    }
+}
+
+/// The version of the Fork in which the controller counts no targets; `None` while it counts some.
+async fn counted_empty(api: &Api<Fork>, id: &str) -> Result<Option<String>, kube::Error> {
+    let count = kubernetes::wait_for(api, id, Instant::now() + COUNT, |fork| match fork {
+        Watched::Object(fork) if fork.status.as_ref().is_some_and(|status| status.targets > 0) => None,
+        Watched::Object(fork) => Some(fork.resource_version()),
+        Watched::Deleted => Some(None),
+    })
+    .await;
+    match count {
+        Ok(version) => Ok(version),
+        Err(WaitError::TimedOut) => Ok(None),
+        Err(WaitError::Api(error)) => Err(error),
     }
 }
 

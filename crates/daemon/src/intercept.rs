@@ -517,9 +517,8 @@ async fn say_what_stays(target: &ForkTarget, progress: &Progress) {
     if older > 0 {
         progress
             .note(format!(
-                "{older} connection{} from before the intercept stay{} with the pod; their requests do not come here until they close",
-                if older == 1 { "" } else { "s" },
-                if older == 1 { "s" } else { "" },
+                "connections from before the intercept that stay with the pod until they close: {older}; \
+                 requests in them do not come here"
             ))
             .await;
     }

@@ -32,6 +32,17 @@ pub struct Choice {
     pub context: Option<String>,
 }
 
+impl Choice {
+    /// Which file is read, or which ones (the variable may list several), for messages.
+    fn files(&self) -> String {
+        match (&self.kubeconfig, std::env::var("KUBECONFIG").ok().filter(|files| !files.is_empty())) {
+            (Some(path), _) => path.display().to_string(),
+            (None, Some(files)) => files,
+            (None, None) => "~/.kube/config".to_owned(),
+        }
+    }
+}
+
 /// A context of a kubeconfig, read without running anything in it.
 #[derive(Clone, Debug)]
 pub struct Target {
@@ -58,9 +69,11 @@ impl Target {
             None => Kubeconfig::read(),
         }
         .map_err(|error| {
-            failed()
-                .caused_by(&error)
-                .advice("check --kubeconfig or $KUBECONFIG; `kubectl config view` reads the same")
+            let failure = failed().caused_by(&error);
+            let files = choice.files();
+            let named = failure.because.iter().any(|cause| cause.contains(&files));
+            let failure = if named { failure } else { failure.because(format!("in {files}")) };
+            failure.advice("check --kubeconfig or $KUBECONFIG; `kubectl config view` reads the same")
         })?;
         let known =
             || kubeconfig.contexts.iter().map(|context| context.name.as_str()).collect::<Vec<_>>().join(", ");
@@ -153,15 +166,20 @@ fn client(config: Config) -> Result<Client, kube::Error> {
     Ok(ClientBuilder::new(service, config.default_namespace).build())
 }
 
-/// Who the API server says the user is.
+/// Who the API server (at `server`, for messages) says the user is.
 ///
 /// # Errors
 /// [`Failure`]: this is the first request of a session, so it also says when the API server cannot be reached.
-pub async fn whoami(client: &Client) -> Result<String, Failure> {
+pub async fn whoami(client: &Client, server: &str) -> Result<String, Failure> {
     let review = Api::<SelfSubjectReview>::all(client.clone())
         .create(&PostParams::default(), &SelfSubjectReview::default())
         .await
-        .map_err(|error| failure("cannot ask the API server who you are", &error))?;
+        .map_err(|error| match &error {
+            kube::Error::Api(_) | kube::Error::Auth(_) => {
+                failure("cannot ask the API server who you are", &error)
+            }
+            _ => failure(format!("cannot reach the API server at {server}"), &error),
+        })?;
     review
         .status
         .and_then(|status| status.user_info?.username)
@@ -180,9 +198,13 @@ pub fn failure(doing: impl Into<String>, error: &kube::Error) -> Failure {
                 .advice("log in to the cluster again; `kubectl get namespaces` needs the same")
                 .exit(Exit::Refused);
         }
-        _ => {
+        other => {
+            // The wrapper says nothing that what is in it does not.
+            let failure = match other {
+                kube::Error::Service(inner) => failure.caused_by(inner.as_ref()),
+                _ => failure.caused_by(error),
+            };
             return failure
-                .caused_by(error)
                 .advice("see whether `kubectl get namespaces` works: the API server did not answer");
         }
     };

@@ -79,8 +79,8 @@ impl Session {
     ) -> Result<Self, Failure> {
         progress.step(format!("connecting to {}", target.context));
         let client = target.client().await?;
-        let user = kubernetes::whoami(&client).await?;
-        let id = state::laptop_id()
+        let user = kubernetes::whoami(&client, &target.server).await?;
+        let id = state::laptop_id(&user)
             .map_err(|error| Failure::new("cannot tell this laptop's id").caused_by(&error))?;
         let credentials = certificate::obtain(&client, &id, &user, progress).await?;
 

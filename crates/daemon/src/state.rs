@@ -108,13 +108,13 @@ fn private_dir(path: PathBuf) -> Result<PathBuf, StateError> {
     Ok(path)
 }
 
-/// The id of this laptop: the same for one user on one machine for good, so that a claim survives the daemon.
-/// 20 hex digits made of a random seed (`laptop-id` in the state directory) and the machine's id, since a home
-/// directory may be shared between machines.
+/// The id of this laptop: the same for one Kubernetes user on one machine for good, so that a claim survives the daemon.
+/// 20 hex digits made of a random seed (`laptop-id` in the state directory), the machine's id, since a home directory
+/// may be shared between machines, and the user, since the cluster gives an id to one user only.
 ///
 /// # Errors
 /// [`StateError`] when the seed can neither be read nor written.
-pub fn laptop_id() -> Result<String, StateError> {
+pub fn laptop_id(user: &str) -> Result<String, StateError> {
     let path = state_dir()?.join("laptop-id");
     let seed = match read_seed(&path)? {
         Some(seed) => seed,
@@ -122,7 +122,16 @@ pub fn laptop_id() -> Result<String, StateError> {
     };
     // Absent in some containers; the seed alone is unique enough there.
     let machine = fs::read("/etc/machine-id").unwrap_or_default();
-    Ok(hex(&Sha256::new().chain_update(seed.as_bytes()).chain_update(machine).finalize()[..10]))
+    Ok(id_of(&seed, &machine, user))
+}
+
+fn id_of(seed: &str, machine: &[u8], user: &str) -> String {
+    let mut digest = Sha256::new();
+    for part in [seed.as_bytes(), machine, user.as_bytes()] {
+        digest.update((part.len() as u64).to_be_bytes());
+        digest.update(part);
+    }
+    hex(&digest.finalize()[..10])
 }
 
 fn read_seed(path: &Path) -> Result<Option<String>, StateError> {
@@ -191,6 +200,18 @@ mod tests {
         assert!(matches!(private_dir(open), Err(StateError::NotOurs { mode: 0o755, .. })));
         assert!(private_dir(dir.join("new")).is_ok());
         fs::remove_dir_all(dir).unwrap();
+    }
+
+    #[test]
+    fn an_id_is_of_one_user_on_one_machine() {
+        let id = id_of("seed", b"machine", "alice");
+        assert_eq!((id.len(), &id), (20, &id_of("seed", b"machine", "alice")));
+        let others = [
+            id_of("seed", b"machine", "bob"),
+            id_of("seed", b"machin", "ealice"),
+            id_of("", b"machine", "alice"),
+        ];
+        assert!(!others.contains(&id));
     }
 
     #[test]

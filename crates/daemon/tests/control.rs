@@ -1,4 +1,5 @@
 //! The control protocol over a real unix socket: both ends as the product uses them, around a handler that records.
+#![allow(clippy::unwrap_used, reason = "a test")]
 
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
