@@ -1,17 +1,17 @@
 //! The controller: turns Fork and ForkTarget objects into agents and routes, and vouches for who is who.
 //!
-//! What it knows comes by watches into [`world`]; each change marks a key in [`queue`]; [`reconcile`] takes keys and
-//! makes it so, deciding by [`plan`] and [`inject`], writing what [`status`] says. Agents, gateways and relays are
-//! connected to [`server`]; [`hub`] keeps what they were told and what they said. Only the holder of the Lease does any
-//! of this ([`leader`]); all that has to outlive it is in the API server.
+//! What it knows comes by watches into `world`; each change marks a key in `queue`; `reconcile` takes keys and
+//! makes it so, deciding by `plan` and `inject`, writing what `status` says. Agents, gateways and relays are
+//! connected to `server`; `hub` keeps what they were told and what they said. Only the holder of the Lease does any
+//! of this (`leader`); all that has to outlive it is in the API server.
 //!
 //! | task | runs | ends |
 //! | --- | --- | --- |
-//! | watches, one per kind | [`watch`] | never |
-//! | reconciler | [`reconcile::Reconciler::run`] | never |
-//! | control server, one task per connection | [`server::Server::serve`] | when the listener fails |
-//! | signer of laptops' certificates | [`csr::Signer::run`] | never |
-//! | lease | [`leader::Leadership::hold`] | when leadership is lost: so does the process |
+//! | watches, one per kind | `watch` | never |
+//! | reconciler | `reconcile::Reconciler::run` | never |
+//! | control server, one task per connection | `server::Server::serve` | when the listener fails |
+//! | signer of laptops' certificates | `csr::Signer::run` | never |
+//! | lease | `leader::Leadership::hold` | when leadership is lost: so does the process |
 
 mod access;
 mod ca;
@@ -22,6 +22,7 @@ mod hub;
 mod inject;
 mod join;
 mod leader;
+mod memory;
 mod plan;
 mod queue;
 mod reconcile;

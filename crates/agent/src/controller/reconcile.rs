@@ -29,6 +29,7 @@ use super::FIELD_MANAGER;
 use super::cluster::{self, Resolv};
 use super::hub::{Hub, LINGER};
 use super::inject::{self, Addition, Life, Settings};
+use super::memory::Memory;
 use super::plan::{self, Environment, Plan, TargetPlan};
 use super::queue::{Key, Queue};
 use super::server::Server;
@@ -41,10 +42,7 @@ const MAX_PARALLEL: usize = 8;
 /// Patches within a namespace at a time.
 const MAX_PATCHES: usize = 8;
 /// After an error of the API server, everything of the key is tried again so much later, or sooner if it changes.
-const RETRY: Duration = Duration::from_secs(5);
-/// First wait after an agent was refused; doubles up to ten minutes. Somebody has to change a policy meanwhile.
-const REFUSED: Duration = Duration::from_secs(30);
-
+pub const RETRY: Duration = Duration::from_secs(5);
 /// What the controller was told at its start.
 #[derive(Clone, Debug)]
 pub struct Config {
@@ -55,24 +53,6 @@ pub struct Config {
     /// A laptop that has been gone for so long loses its claims.
     pub grace: Duration,
     pub resolv: Resolv,
-}
-
-/// An agent that the API server did not let in.
-#[derive(Clone, Debug)]
-struct Refusal {
-    forbidden: bool,
-    message: String,
-    times: u32,
-    until: Instant,
-}
-
-/// What is remembered of a namespace between two looks at it.
-#[derive(Default)]
-struct Memory {
-    /// By pod uid: containers that were added, until the watch shows them.
-    pending: HashMap<String, BTreeSet<String>>,
-    /// By pod uid and purpose.
-    refused: HashMap<(String, Purpose), Refusal>,
 }
 
 /// Works the queue off.
@@ -571,47 +551,6 @@ struct Outcome {
     pod: Arc<PodView>,
     addition: Addition,
     result: Result<(), kube::Error>,
-}
-
-impl Memory {
-    /// Forgets pods that are gone, and containers that the watch has shown.
-    fn clean(&mut self, plan: &Plan) {
-        let pods: HashMap<&str, &PodView> = plan
-            .targets
-            .iter()
-            .flat_map(|target| &target.pods)
-            .map(|planned| (planned.pod.uid.as_str(), planned.pod.as_ref()))
-            .collect();
-        self.pending.retain(|uid, names| {
-            let Some(pod) = pods.get(uid.as_str()) else { return false };
-            names.retain(|name| !pod.agents.iter().any(|agent| agent.name == *name));
-            !names.is_empty()
-        });
-        self.refused.retain(|(uid, _), _| pods.contains_key(uid.as_str()));
-    }
-
-    /// What came of adding a container.
-    fn note(&mut self, pod: &PodView, purpose: Purpose, name: String, outcome: Result<(), kube::Error>) {
-        let key = (pod.uid.clone(), purpose);
-        let (code, message) = match outcome {
-            Ok(()) => {
-                self.refused.remove(&key);
-                self.pending.entry(pod.uid.clone()).or_default().insert(name);
-                return;
-            }
-            // The pod is gone, or another one has its name: the watch will say so.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => return,
-            Err(kube::Error::Api(status)) => (status.code, status.message.clone()),
-            Err(error) => (0, error.to_string()),
-        };
-        tracing::warn!(namespace = pod.namespace, pod = pod.name, code, message, "an agent was not let in");
-        let times = self.refused.get(&key).map_or(0, |before| before.times) + 1;
-        let wait = REFUSED.saturating_mul(1 << (times - 1).min(8)).min(Duration::from_secs(600));
-        let forbidden = (400..500).contains(&code) && code != 429;
-        // What is no refusal (a broken connection, a busy API server) passes sooner.
-        let wait = if forbidden { wait } else { RETRY };
-        self.refused.insert(key, Refusal { forbidden, message, times, until: Instant::now() + wait });
-    }
 }
 
 /// An object that is gone, or was replaced by another one, needs no writing any more: its watch brings what follows.

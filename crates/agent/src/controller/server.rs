@@ -325,3 +325,7 @@ impl Wire {
             .context("write to the connection")
     }
 }
+
+#[cfg(test)]
+#[path = "server_tests.rs"]
+mod tests;
