@@ -13,7 +13,7 @@ use std::task::{Context, Poll};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use bytes::Bytes;
+use bytes::{BufMut, Bytes, BytesMut};
 use forkd_core::dns::Zones;
 use forkd_daemon::helper::protocol::{DnsInfo, TunInfo};
 use forkd_daemon::helper::{HelperClient, HelperError, spawn_helper};
@@ -231,9 +231,8 @@ impl Dialer for Plain {
                 Refused { outcome, reason: error.to_string() }
             })?;
             stream.set_nodelay(true).expect("nodelay");
-            let half = Half { stream: Rc::new(stream), gave_up: Rc::default(), buffer: vec![0; 64 * 1024] };
-            let other =
-                Half { stream: half.stream.clone(), gave_up: half.gave_up.clone(), buffer: Vec::new() };
+            let half = Half { stream: Rc::new(stream), gave_up: Rc::default() };
+            let other = Half { stream: half.stream.clone(), gave_up: half.gave_up.clone() };
             Ok(Stream { send: Box::new(other), recv: Box::new(half) })
         })
     }
@@ -247,7 +246,6 @@ struct Half {
     stream: Rc<TcpStream>,
     /// RST was ordered.
     gave_up: Rc<Cell<bool>>,
-    buffer: Vec<u8>,
 }
 
 impl Half {
@@ -304,13 +302,12 @@ impl RecvHalf for Half {
                 Poll::Pending => return Poll::Pending,
                 Poll::Ready(Err(error)) => return Poll::Ready(Err(end(&error))),
                 Poll::Ready(Ok(())) => {
-                    let max = max.min(self.buffer.len());
-                    match self.stream.try_read(&mut self.buffer[..max]) {
+                    // Filled only once there is something: an idle connection costs no buffer.
+                    let mut chunk = BytesMut::with_capacity(max);
+                    match self.stream.try_read_buf(&mut (&mut chunk).limit(max)) {
                         Err(error) if error.kind() == ErrorKind::WouldBlock => {}
                         Ok(0) => return Poll::Ready(Ok(None)),
-                        Ok(length) => {
-                            return Poll::Ready(Ok(Some(Bytes::copy_from_slice(&self.buffer[..length]))));
-                        }
+                        Ok(_) => return Poll::Ready(Ok(Some(chunk.freeze()))),
                         Err(error) => return Poll::Ready(Err(end(&error))),
                     }
                 }
