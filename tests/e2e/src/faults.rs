@@ -3,7 +3,9 @@
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-use crate::harness::cluster::{SHOP, kill_on_node, kubectl, node_processes, pods_of, rolled_out, script, target_ready, text};
+use crate::harness::cluster::{
+    SHOP, kill_on_node, kubectl, node_processes, pods_of, rolled_out, script, target_ready, text,
+};
 use crate::harness::process::run;
 use crate::harness::shop::Server;
 use crate::harness::test::no_trace;

@@ -80,9 +80,7 @@ fn uninstall_gives_every_port_back_and_leaves_no_object() {
         let web = inside().http("web:80", "").fine();
         assert_eq!(web.answer().errors(), [""; 0], "the shop works");
         eventually("no agent runs", || {
-            let agents = cluster::node_processes(
-                "/forkd-agent (agent|gateway|relay|controller).*",
-            );
+            let agents = cluster::node_processes("/forkd-agent (agent|gateway|relay|controller).*");
             so(agents.is_empty(), || format!("{agents:?}"))
         });
         let quit = laptop.forkd(&["quit"]);

@@ -1,5 +1,6 @@
 //! Each protocol of a shop, with the key and without, through an intercept.
 
+use crate::harness::cluster::{SHOP, kubectl, rolled_out, scale};
 use crate::harness::shop::Server;
 use crate::harness::{Laptop, Line, inside, on_laptop};
 
@@ -52,6 +53,10 @@ fn http1_and_http2_connections_that_are_kept_alive_mix_keys() {
 #[test]
 fn grpc_calls_streams_and_trailers_go_where_their_key_leads() {
     on_laptop(|laptop| {
+        // Connections that cart keeps from before stay with the pod; a new cart has none.
+        kubectl(&["--namespace", SHOP, "rollout", "restart", "deployment/cart"]).ok();
+        rolled_out(SHOP, "deployment/cart");
+        scale("cart", 2);
         let _server = intercepted(laptop, "price");
         for (key, from) in KEYS {
             let one = |kind: &str, more: &[&str]| {

@@ -4,7 +4,7 @@ use std::fs;
 use std::net::Ipv4Addr;
 use std::os::unix::fs::MetadataExt;
 
-use crate::harness::cluster::{self, cluster_ip, items, pods_of, text};
+use crate::harness::cluster::{cluster_ip, items, pods_of, text};
 use crate::harness::test::no_trace;
 use crate::harness::{Laptop, inside, on_laptop};
 
@@ -187,9 +187,8 @@ fn free_pod_ip() -> String {
         .iter()
         .filter_map(|pod| pod["status"]["podIP"].as_str().map(str::to_owned))
         .collect();
-    let node = &cluster::get(&["nodes"])["items"][0];
-    let range = text(&node["spec"]["podCIDR"]);
-    let base = range.rsplit_once('.').expect("an IPv4 range").0;
+    let cart = pods_of("cart").remove(0).ip;
+    let (base, _) = cart.rsplit_once('.').expect("an IPv4 address");
     (100..250)
         .rev()
         .map(|last| format!("{base}.{last}"))
