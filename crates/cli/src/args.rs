@@ -127,6 +127,13 @@ Examples:
     /// The privileged process; started by the other commands.
     #[command(hide = true)]
     Helper,
+    /// Becomes the command of an intercept; started by `intercept`.
+    #[command(hide = true)]
+    Exec {
+        /// The command.
+        #[arg(last = true, required = true)]
+        command: Vec<std::ffi::OsString>,
+    },
 }
 
 /// `forkd install`

@@ -37,7 +37,7 @@ pub async fn intercept(global: &Global, ui: &Ui, args: Intercept) -> Result<u8, 
         eprintln!("{}", words(ui, &intercepted));
     }
     let environment = environment::merge(std::env::vars_os(), &intercepted);
-    let ended = run::run(&args.command, environment, client.closed(), || {
+    let ended = run::run(&args.command, ui.json(), environment, client.closed(), || {
         ui.note("the daemon is gone: requests go to the cluster's own pods again, the command goes on");
     })
     .await;

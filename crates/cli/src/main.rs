@@ -30,6 +30,9 @@ fn main() -> ExitCode {
         _ => {}
     }
     let ui = Ui::new(&cli.global);
+    if let Command::Exec { command } = &cli.command {
+        return ui.fail(&run::exec(command)).into_code();
+    }
     let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
         Ok(runtime) => runtime,
         Err(error) => {
@@ -89,7 +92,7 @@ async fn dispatch(cli: Cli, ui: &Ui) -> Result<u8, Failure> {
         Command::Version => version::version(global, ui).await?,
         Command::Install(args) => install::install(global, ui, &args).await?,
         Command::Uninstall(args) => install::uninstall(global, ui, &args).await?,
-        Command::Daemon(_) | Command::Helper => {}
+        Command::Daemon(_) | Command::Helper | Command::Exec { .. } => {}
     }
     Ok(Exit::Done.into())
 }

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::ffi::OsString;
-use std::os::unix::process::ExitStatusExt;
+use std::os::unix::process::{CommandExt, ExitStatusExt};
 use std::process::ExitStatus;
 
 use forkd_daemon::failure::Failure;
@@ -19,20 +19,28 @@ const FORWARDED: &[Signal] =
 /// resolves when the daemon is gone; `say_gone` is called then, and the command goes on.
 ///
 /// # Errors
-/// [`Failure`] when the command cannot be started.
+/// [`Failure`] when no process can be started. That there is no such command, the process says itself, and ends with 1.
 pub async fn run(
     command: &[OsString],
+    json: bool,
     environment: BTreeMap<OsString, OsString>,
     gone: impl Future<Output = ()>,
     say_gone: impl FnOnce(),
 ) -> Result<u8, Failure> {
-    let (program, arguments) =
-        command.split_first().ok_or_else(|| Failure::new("there is no command to run"))?;
-    let failed = |error: std::io::Error| {
-        Failure::new(format!("cannot run {}", program.display()))
-            .caused_by(&error)
-            .advice("check the command behind `--`")
-    };
+    let forkd = std::env::current_exe()
+        .map_err(|error| Failure::new("cannot find the forkd that runs").caused_by(&error))?;
+    let mut start = Command::new(forkd);
+    start.args(["exec", "--output", if json { "json" } else { "text" }, "--"]).args(command);
+    start.env_clear().envs(environment);
+    supervise(start, gone, say_gone).await
+}
+
+async fn supervise(
+    mut command: Command,
+    gone: impl Future<Output = ()>,
+    say_gone: impl FnOnce(),
+) -> Result<u8, Failure> {
+    let failed = |error: std::io::Error| Failure::new("cannot start the command").caused_by(&error);
     // From before the start: a Ctrl-C in between must not end forkd without undoing the intercept.
     let (sender, mut signals) = tokio::sync::mpsc::channel(8);
     for wanted in FORWARDED {
@@ -46,8 +54,7 @@ pub async fn run(
             }
         });
     }
-    let mut child =
-        Command::new(program).args(arguments).env_clear().envs(environment).spawn().map_err(failed)?;
+    let mut child = command.spawn().map_err(failed)?;
     let mut gone = std::pin::pin!(gone);
     let mut say_gone = Some(say_gone);
     loop {
@@ -62,6 +69,21 @@ pub async fn run(
             status = child.wait() => return Ok(exit_code(status.map_err(failed)?)),
         }
     }
+}
+
+/// Becomes the command, in the process that [`run`] started: it is to end when that `forkd` is killed, since nobody could
+/// end it from the terminal any more. Returns only if there is no such command.
+pub fn exec(command: &[OsString]) -> Failure {
+    let Some((program, arguments)) = command.split_first() else {
+        return Failure::new("there is no command to run");
+    };
+    let failed = Failure::new(format!("cannot run {}", program.display()));
+    // Survives the exec, unless the command is setuid (prctl(2)).
+    if let Err(error) = nix::sys::prctl::set_pdeathsig(Signal::SIGTERM) {
+        return failed.caused_by(&error);
+    }
+    let error = std::process::Command::new(program).args(arguments).exec();
+    failed.caused_by(&error).advice("check the command behind `--`")
 }
 
 /// Passes a signal on, unless the terminal has sent it to the command as well.
@@ -94,34 +116,30 @@ mod tests {
     /// A signal to this process reaches the command of every test that runs at the moment.
     static ONE_AT_A_TIME: Mutex<()> = Mutex::const_new(());
 
-    async fn sh(script: &str) -> Result<u8, Failure> {
+    async fn sh(script: &str, gone: impl Future<Output = ()>, say: impl FnOnce()) -> u8 {
         let _one = ONE_AT_A_TIME.lock().await;
-        let command = ["/bin/sh", "-c", script].map(OsString::from);
-        run(&command, [("WHO".into(), "alice".into())].into(), std::future::pending(), || ()).await
+        let mut command = Command::new("/bin/sh");
+        command.args(["-c", script]);
+        supervise(command, gone, say).await.unwrap()
     }
 
     #[tokio::test]
     async fn the_exit_code_is_the_commands_and_128_plus_n_for_signals() {
-        assert_eq!(sh("exit 7").await, Ok(7));
-        assert_eq!(sh("kill -TERM $$").await, Ok(143));
-        assert_eq!(sh("[ \"$WHO\" = alice ] && [ -z \"$HOME\" ]").await, Ok(0), "exactly this environment");
-        let missing = run(&["/no/such/program".into()], BTreeMap::new(), std::future::pending(), || ()).await;
-        assert_eq!(missing.unwrap_err().error, "cannot run /no/such/program");
+        assert_eq!(sh("exit 7", std::future::pending(), || ()).await, 7);
+        assert_eq!(sh("kill -TERM $$", std::future::pending(), || ()).await, 143);
     }
 
     #[tokio::test]
     async fn a_signal_to_forkd_reaches_the_command() {
         // The command signals its parent, which is this process, and waits for it to come back.
-        let code = sh("trap 'exit 9' USR1; kill -USR1 $PPID; while :; do sleep 0.05; done").await;
-        assert_eq!(code, Ok(9));
+        let script = "trap 'exit 9' USR1; kill -USR1 $PPID; while :; do sleep 0.05; done";
+        assert_eq!(sh(script, std::future::pending(), || ()).await, 9);
     }
 
     #[tokio::test]
     async fn the_command_outlives_the_daemon() {
-        let _one = ONE_AT_A_TIME.lock().await;
         let mut told = false;
-        let command = ["/bin/sh", "-c", "exit 3"].map(OsString::from);
-        let code = run(&command, BTreeMap::new(), std::future::ready(()), || told = true).await;
-        assert_eq!((code, told), (Ok(3), true));
+        assert_eq!(sh("exit 3", std::future::ready(()), || told = true).await, 3);
+        assert!(told);
     }
 }

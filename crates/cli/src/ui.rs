@@ -1,5 +1,6 @@
 //! Words and JSON: the only place that prints.
 
+use std::cell::Cell;
 use std::io::{IsTerminal, Write};
 use std::time::Duration;
 
@@ -16,6 +17,8 @@ pub struct Ui {
     colour: bool,
     /// On a terminal: one line that is replaced.
     spinner: Option<ProgressBar>,
+    /// Elsewhere: the last line, so that none is said twice in a row.
+    said: Cell<String>,
 }
 
 impl Ui {
@@ -26,7 +29,8 @@ impl Ui {
             && !global.no_color
             && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
             && std::env::var_os("TERM").is_none_or(|term| term != "dumb");
-        Self { json: global.output == Output::Json, colour, spinner: None }.with_spinner(terminal)
+        Self { json: global.output == Output::Json, colour, spinner: None, said: Cell::default() }
+            .with_spinner(terminal)
     }
 
     fn with_spinner(mut self, terminal: bool) -> Self {
@@ -48,7 +52,9 @@ impl Ui {
                 bar.set_message(message.to_owned());
                 bar.enable_steady_tick(Duration::from_millis(100));
             }
-            None if !self.json => self.line(&format!("  {message}")),
+            None if !self.json && self.said.replace(message.to_owned()) != message => {
+                self.line(&format!("  {message}"));
+            }
             None => {}
         }
     }
@@ -174,7 +180,7 @@ mod tests {
     use super::*;
 
     fn ui(json: bool) -> Ui {
-        Ui { json, colour: false, spinner: None }
+        Ui { json, colour: false, spinner: None, said: Cell::default() }
     }
 
     #[test]

@@ -171,6 +171,42 @@ fn a_daemon_by_hand_says_how_it_is_started_and_leaves_no_socket() {
 }
 
 #[test]
+fn a_command_has_the_given_environment_and_one_that_is_not_there_is_named() {
+    let home = Home::new();
+    let output = home.forkd(&["exec", "--", "sh", "-c", "echo \"$XDG_STATE_HOME|$FORKD_FORK\"; exit 7"]);
+    assert_eq!(output.status.code(), Some(7));
+    assert_eq!(text(&output.stdout).trim(), format!("{}|", home.0.join("state").display()));
+    let output = home.forkd(&["exec", "--", "/no/such/program"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(text(&output.stderr).starts_with("error: cannot run /no/such/program\nbecause: "));
+}
+
+#[test]
+fn a_command_ends_when_the_forkd_that_started_it_is_killed() {
+    // The shell stands for that forkd. It keeps the command's output open, so the end of both is the end of the pipe.
+    let script = "\"$0\" exec -- sleep 600 & echo started; wait";
+    let mut shell = Command::new("sh")
+        .args(["-c", script, env!("CARGO_BIN_EXE_forkd")])
+        .stdout(std::process::Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut output = std::io::BufReader::new(shell.stdout.take().unwrap());
+    let children = format!("/proc/{0}/task/{0}/children", shell.id());
+    let asleep = || {
+        let pid = fs::read_to_string(&children).unwrap();
+        fs::read_to_string(format!("/proc/{}/comm", pid.trim())).is_ok_and(|name| name.trim() == "sleep")
+    };
+    while !asleep() {
+        std::thread::yield_now();
+    }
+    shell.kill().unwrap();
+    shell.wait().unwrap();
+    let mut rest = String::new();
+    std::io::Read::read_to_string(&mut output, &mut rest).unwrap();
+    assert_eq!(rest, "started\n");
+}
+
+#[test]
 fn every_shell_gets_a_completion_script_with_the_commands_in_it() {
     let home = Home::new();
     for shell in ["bash", "zsh", "fish"] {
