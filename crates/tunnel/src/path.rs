@@ -5,7 +5,7 @@
 //! Nothing is dropped for want of a leg or of room: the connection's task waits, holding one batch of packets, and
 //! that batch is the first on the next leg. That is why a transfer resumes at once after an outage.
 //!
-//! [`routes`] chooses the leg and does no IO: further kinds of path are candidates there.
+//! `path/routes.rs` chooses the leg and does no IO: further kinds of path are candidates there.
 
 use std::cell::RefCell;
 use std::collections::VecDeque;

@@ -118,7 +118,7 @@ enum Ended {
     Endpoint(#[from] EndpointError),
     #[error("no answer within {} s", HANDSHAKE.as_secs())]
     TimedOut,
-    #[error("the relay speaks no protocol of ours: {0}")]
+    #[error("cannot hear the relay: {0}")]
     Message(#[from] MessageError),
     #[error("cannot tell the relay: {0}")]
     Write(#[from] std::io::Error),

@@ -1,4 +1,6 @@
 use super::*;
+use crate::path::pipe::FrameReader;
+use bytes::BytesMut;
 use forkd_wire::relay::forward_header;
 
 fn shared() -> Shared {
