@@ -19,7 +19,7 @@ const BURST: u32 = 16 << 20;
 type Heads = Arc<Mutex<Vec<http::request::Parts>>>;
 
 /// Echoes bodies, with its name as a header, and trailers; `/hang` never answers, `/reset` resets,
-/// `/stall` answers and then reads nothing.
+/// `/stall` answers and then reads nothing, `/continue` wants the body to be held back until it says so.
 fn server(listener: TcpListener, name: &'static str) -> (Heads, tokio::task::JoinHandle<Reason>) {
     let seen = Heads::default();
     let heads = seen.clone();
@@ -61,6 +61,10 @@ async fn connection(
                 "/hang" => {
                     let reason = std::future::poll_fn(|cx| respond.poll_reset(cx)).await;
                     return tell.send(reason.unwrap()).unwrap_or_default();
+                }
+                "/continue" => {
+                    let go_on = Response::builder().status(100).body(()).unwrap();
+                    respond.send_informational(go_on).unwrap();
                 }
                 _ => {}
             }
@@ -265,6 +269,30 @@ fn both_directions_stream_at_once() {
         let (rest, trailers) = whole(body).await;
         assert!(rest.is_empty());
         assert_eq!(trailers["grpc-status"], "0");
+    });
+}
+
+#[test]
+fn a_body_that_is_held_back_until_100_continue_gets_through() {
+    in_pod(async |outside| {
+        let agent = agent([route("alice")]).await;
+        laptop(&agent, "alice", "alice").await;
+        server(listen(PORT).await, "baseline");
+        let caller = caller(&outside).await;
+        for (key, who) in [("alice", "alice"), ("", "baseline")] {
+            let mut sender = caller.sender.clone().ready().await.unwrap();
+            let expect = request("/continue", &[("expect", "100-continue"), ("x-forkd-id", key)]);
+            let (mut response, mut up) = sender.send_request(expect, false).unwrap();
+            let interim = std::future::poll_fn(|cx| response.poll_informational(cx)).await;
+            assert_eq!(interim.unwrap().unwrap().status(), 100, "{who}");
+            up.send_data(Bytes::from("held back"), true).unwrap();
+            let (head, body) = response.await.unwrap().into_parts();
+            assert_eq!(
+                (head.status.as_u16(), &head.headers["who"]),
+                (200, &http::HeaderValue::from_static(who))
+            );
+            assert_eq!(whole(body).await.0, b"held back");
+        }
     });
 }
 

@@ -1,6 +1,8 @@
 //! One stream: its request to where it belongs, its answer back.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::Poll;
 
 use bytes::Bytes;
 use forkd_core::key::{self, Carried, HEADER, MEMBER};
@@ -195,13 +197,8 @@ async fn answer(
     respond: &mut SendResponse<Bytes>,
     served_by: Option<String>,
 ) -> Result<(), Answered> {
-    let response = tokio::select! {
-        biased;
-        response = response => response.map_err(Answered::Upstream)?,
-        // Dropping the other half resets it upstream.
-        _ = std::future::poll_fn(|cx| respond.poll_reset(cx)) => return Err(Answered::Caller),
-    };
-    let (mut parts, body) = response.into_parts();
+    // Dropping the response when the caller is gone resets it upstream.
+    let (mut parts, body) = head(response, respond).await?.into_parts();
     if let Some(value) = served_by.and_then(|value| HeaderValue::from_str(&value).ok()) {
         parts.headers.append(HeaderName::from_static(SERVED_BY), value);
     }
@@ -212,6 +209,27 @@ async fn answer(
         pass(body, down).await.map_err(|_| Answered::Caller)?;
     }
     Ok(())
+}
+
+/// The head of the answer. Those before it (1xx) go to the caller as they come: it may hold its body back until "100
+/// Continue" (RFC 9110 §10.1.1).
+async fn head(
+    mut response: h2::client::ResponseFuture,
+    respond: &mut SendResponse<Bytes>,
+) -> Result<Response<RecvStream>, Answered> {
+    std::future::poll_fn(|cx| {
+        loop {
+            match response.poll_informational(cx) {
+                Poll::Ready(Some(Ok(interim))) => {
+                    respond.send_informational(interim).map_err(|_| Answered::Caller)?;
+                }
+                Poll::Ready(Some(Err(error))) => return Poll::Ready(Err(Answered::Upstream(error))),
+                Poll::Ready(None) => return Pin::new(&mut response).poll(cx).map_err(Answered::Upstream),
+                Poll::Pending => return respond.poll_reset(cx).map(|_| Err(Answered::Caller)),
+            }
+        }
+    })
+    .await
 }
 
 /// Which side ended a stream before its time.
