@@ -36,6 +36,7 @@ fn main() -> ExitCode {
             let (_, case) = cases()
                 .into_iter()
                 .chain(bytes::measurements())
+                .chain(names::with_resolved())
                 .find(|(name, _)| Some(*name) == arguments.get(1).map(String::as_str))
                 .expect("a case of this name");
             world::enter();

@@ -2,6 +2,7 @@
 
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream, ToSocketAddrs, UdpSocket};
+use std::process::{Child, Command};
 use std::time::Duration;
 
 use crate::world::{DNS, UPSTREAM, World, at};
@@ -16,6 +17,12 @@ pub fn cases() -> Vec<(&'static str, fn())> {
             nonsense_gets_formerr_and_udp_to_others_is_counted,
         ),
     ]
+}
+
+/// Not among the tests, since it needs a file that few machines of CI have: the program systemd-resolved (its path in
+/// `SYSTEMD_RESOLVED`, with `SYSTEMD_RESOLVED_POLICY` its D-Bus policy) and dbus-daemon.
+pub fn with_resolved() -> Vec<(&'static str, fn())> {
+    vec![("resolved_asks_us_for_cluster_names_only", resolved_asks_us_for_cluster_names_only)]
 }
 
 /// A query with one question of type A.
@@ -192,4 +199,63 @@ fn nonsense_gets_formerr_and_udp_to_others_is_counted() {
     let socket = UdpSocket::bind("0.0.0.0:0").expect("bind");
     socket.send_to(b"x", at("10.96.1.1", 9)).expect("send");
     crate::world::wait_for("a counted packet", || world.look().counters.dropped(reason) > before);
+}
+
+fn resolved_asks_us_for_cluster_names_only() {
+    let variable = |name| std::env::var(name).unwrap_or_else(|_| panic!("{name} is not set"));
+    let link = std::path::Path::new("/run/systemd/resolve/stub-resolv.conf");
+    std::fs::remove_file("/etc/resolv.conf").expect("remove");
+    std::os::unix::fs::symlink(link, "/etc/resolv.conf").expect("link");
+    let mut passwd = std::fs::read_to_string("/etc/passwd").expect("read");
+    passwd.push_str("systemd-resolve:x:996:996::/:/usr/sbin/nologin\n");
+    std::fs::write("/etc/passwd", passwd).expect("write");
+    let mut group = std::fs::read_to_string("/etc/group").expect("read");
+    group.push_str("systemd-resolve:x:996:\n");
+    std::fs::write("/etc/group", group).expect("write");
+    for folder in ["/etc/dbus-1/system.d", "/run/dbus", "/run/systemd/resolve"] {
+        std::fs::create_dir_all(folder).expect("make a folder");
+    }
+    std::os::unix::fs::chown("/run/systemd/resolve", Some(996), Some(996)).expect("chown");
+    let policy = "/etc/dbus-1/system.d/org.freedesktop.resolve1.conf";
+    std::fs::copy(variable("SYSTEMD_RESOLVED_POLICY"), policy).expect("copy the policy");
+    let _bus = Service(
+        Command::new("dbus-daemon")
+            .args(["--system", "--nofork", "--nopidfile"])
+            .spawn()
+            .expect("dbus-daemon"),
+    );
+    crate::world::wait_for("a bus", || std::path::Path::new("/run/dbus/system_bus_socket").exists());
+    let _resolved = Service(Command::new(variable("SYSTEMD_RESOLVED")).spawn().expect("systemd-resolved"));
+    crate::world::wait_for("systemd-resolved's stub", || {
+        link.exists() && UdpSocket::bind("127.0.0.53:53").is_err()
+    });
+    let lookup = |name| (name, 80).to_socket_addrs().map(Iterator::collect::<Vec<_>>);
+    {
+        let world = World::connect(|| {});
+        assert_eq!(std::fs::read_link("/etc/resolv.conf").expect("a link"), link, "not ours to change");
+        // The link's search list reaches the C library by resolved's file, in resolved's time.
+        crate::world::wait_for("the search list", || {
+            std::fs::read_to_string(link).expect("read").contains("search shop.svc.cluster.local")
+        });
+        for name in ["cart", "cart.shop.svc", "cart.shop.svc.cluster.local"] {
+            let found = lookup(name).unwrap_or_else(|error| panic!("{name}: {error}"));
+            assert_eq!(found, [at("10.96.1.1", 80)], "{name}");
+        }
+        let asked = world.look().counters.received;
+        assert!(asked > 0);
+        // With its last dot, the search list does not make a cluster name of it.
+        assert!(lookup("host.example.").is_err(), "there is no other resolver in this world");
+        assert_eq!(world.look().counters.received, asked, "and it was not asked of us");
+    }
+    assert!(lookup("cart.shop.svc.cluster.local").is_err());
+}
+
+/// A program that ends with its case.
+struct Service(Child);
+
+impl Drop for Service {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }

@@ -119,6 +119,8 @@ pub struct World {
     stop: Option<oneshot::Sender<()>>,
     ask: mpsc::Sender<mpsc::Sender<Seen>>,
     thread: Option<JoinHandle<()>>,
+    /// /etc/resolv.conf before.
+    resolv_conf: String,
 }
 
 /// What the daemon sees.
@@ -130,6 +132,7 @@ pub struct Seen {
 impl World {
     /// Runs `servers` in the cluster's namespace, then connects.
     pub fn connect(servers: impl FnOnce() + Send + 'static) -> Self {
+        let resolv_conf = std::fs::read_to_string("/etc/resolv.conf").expect("read");
         let helper = helper();
         let (ready, is_ready) = mpsc::channel();
         let (stop, stopped) = oneshot::channel();
@@ -168,7 +171,7 @@ impl World {
             });
         });
         is_ready.recv().expect("the daemon's thread is up");
-        Self { stop: Some(stop), ask, thread: Some(thread) }
+        Self { stop: Some(stop), ask, thread: Some(thread), resolv_conf }
     }
 
     pub fn look(&self) -> Seen {
@@ -191,7 +194,10 @@ impl Drop for World {
         }
         if !std::thread::panicking() {
             assert!(!ip_says("link").contains("forkd"), "the TUN is gone");
-            assert_eq!(std::fs::read_to_string("/etc/resolv.conf").expect("read"), RESOLV_CONF);
+            // systemd-resolved rewrites its own in its own time.
+            wait_for("the resolver's file as before", || {
+                std::fs::read_to_string("/etc/resolv.conf").expect("read") == self.resolv_conf
+            });
         }
     }
 }
