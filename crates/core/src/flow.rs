@@ -11,7 +11,7 @@
 //! 4. [`Flows::close`] sends FIN, [`Flows::abort`] RST. [`Flows::release`] ends the shell's part; the flow lives on
 //!    until everything is acknowledged.
 //!
-//! smoltcp does the protocol: one `Interface`, and for each flow a `SocketSet` of its own with one socket, so that a
+//! smoltcp does the protocol: one `Interface` for each IP version, and for each flow a `SocketSet` of its own with one socket, so that a
 //! packet finds its socket by one hash look-up.
 
 mod device;
