@@ -3,12 +3,12 @@
 
 use std::collections::BTreeMap;
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use forkd_wire::ALPN_RELAY;
 use forkd_wire::peer::PeerId;
-use forkd_wire::relay::{FromRelay, Register, ToRelay};
+use forkd_wire::relay::{Agent, FromRelay, Register, ToRelay};
 use quinn::{Connection, TransportConfig};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
@@ -37,7 +37,8 @@ pub struct RelayClient {
 impl RelayClient {
     pub(crate) fn start(common: Common, relay: Identity) -> Result<Self, EndpointError> {
         let (sender, agents) = watch::channel(Vec::new());
-        let client = Client::new(common, relay.peer_id(), Some(relay), Told::Laptop(sender))?;
+        let client =
+            Client::new(common, relay.peer_id(), Some(relay), Told::Laptop(sender, Mutex::default()))?;
         let problem = client.problem.subscribe();
         let register = watch::Sender::new(Register::default());
         let task = tokio::spawn(async move {
@@ -47,7 +48,8 @@ impl RelayClient {
         Ok(Self { agents, problem, task })
     }
 
-    /// The agents that may be called through this relay, as it last said.
+    /// The agents that may be called through this relay, as it last said. Also changes where none came or went but one
+    /// sends from another address: it may be a successor of the same name, which knows nothing of the connection.
     pub fn agents(&self) -> watch::Receiver<Vec<Identity>> {
         self.agents.clone()
     }
@@ -98,7 +100,8 @@ impl Drop for AgentRelay {
 
 /// Who is told what the relay says.
 enum Told {
-    Laptop(watch::Sender<Vec<Identity>>),
+    /// And the list as it came, to tell what is news.
+    Laptop(watch::Sender<Vec<Identity>>, Mutex<Vec<Agent>>),
     Agent(Arc<Present>),
 }
 
@@ -237,15 +240,14 @@ impl Client {
             self.common.nudge();
         }
         match &self.told {
-            Told::Laptop(agents) => {
-                // Agents of a later version may have identities that this one cannot read.
-                let known: Vec<Identity> =
-                    message.agents.iter().filter_map(|agent| Identity::parse(&agent.uri).ok()).collect();
-                agents.send_if_modified(|agents| {
-                    let news = *agents != known;
-                    *agents = known;
-                    news
-                });
+            Told::Laptop(agents, last) => {
+                let mut last = last.lock().unwrap_or_else(PoisonError::into_inner);
+                if *last != message.agents {
+                    // Agents of a later version may have identities that this one cannot read.
+                    let known = message.agents.iter().filter_map(|agent| Identity::parse(&agent.uri).ok());
+                    agents.send_replace(known.collect());
+                    *last = message.agents;
+                }
             }
             Told::Agent(present) => {
                 let laptops = message.laptops.into_iter().map(|laptop| (laptop.id, laptop.leg)).collect();

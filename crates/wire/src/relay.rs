@@ -109,6 +109,10 @@ pub struct Agent {
     /// Its URI with query, as in its certificate: `forkd://agent/POD_UID?namespace=…&pod=…&role=…`.
     #[prost(string, tag = "1")]
     pub uri: String,
+    /// The relay's number of the address that its packets come from. A new number tells the laptop to look whether
+    /// this is still the agent that it is connected to: one that is killed has a successor of the same name.
+    #[prost(uint64, tag = "2")]
+    pub leg: u64,
 }
 
 #[cfg(test)]

@@ -141,7 +141,7 @@ impl Table {
             .parties
             .values()
             .filter(|agent| agent.present && laptop.may_reach(agent))
-            .map(|agent| Agent { uri: agent.identity.uri() })
+            .map(|agent| Agent { uri: agent.identity.uri(), leg: agent.number })
             .collect();
         agents.sort_unstable_by(|a, b| a.uri.cmp(&b.uri));
         agents
@@ -246,13 +246,21 @@ mod tests {
     fn each_side_is_told_who_is_there() {
         let mut table = table();
         let (l1, a1) = (laptop("l1").peer_id(), agent("a1").peer_id());
-        assert_eq!(table.agents_for(l1), [Agent { uri: agent("a1").uri() }]);
+        let [before] = &table.agents_for(l1)[..] else { panic!("one agent") };
+        assert_eq!(before.uri, agent("a1").uri());
+        table.join(agent("a1"), 9);
+        assert_eq!(table.set_leg(a1, 9, udp(9)), (true, true));
+        let [after] = &table.agents_for(l1)[..] else { panic!("one agent") };
+        assert!(
+            after.uri == before.uri && after.leg > before.leg,
+            "a successor of the same name is told apart"
+        );
         assert_eq!(table.agents_for(laptop("l2").peer_id()), []);
         let there = table.laptops_for(a1);
         assert_eq!(there.len(), 1);
         let (peer, number) = table.lose_leg(Leg::Pipe(1)).unwrap();
         assert_eq!(table.laptops_for(a1), there, "a moment's grace");
-        assert_eq!(table.forward(udp(1), l1), Err(Dropped::NoLeg));
+        assert_eq!(table.forward(udp(9), l1), Err(Dropped::NoLeg));
         assert!(table.absent(peer, number) && !table.absent(peer, number));
         assert_eq!(table.laptops_for(a1), []);
         assert_eq!(table.set_leg(l1, 0, Leg::Pipe(7)), (true, true));
