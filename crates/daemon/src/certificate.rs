@@ -87,7 +87,9 @@ async fn request(client: &Client, laptop: &str, user: &str) -> Result<(Chain, Ke
     api.create(&PostParams::default(), &object).await.map_err(|error| kubernetes::failure(cannot, &error))?;
     let signed = kubernetes::wait_for(&api, &name, Instant::now() + SIGNING, |request| match request {
         Watched::Object(request) => decision(request),
-        Watched::Deleted => Some(Err("the request was deleted before it was signed".to_owned())),
+        Watched::Absent | Watched::Deleted => {
+            Some(Err("the request was deleted before it was signed".to_owned()))
+        }
     })
     .await;
     match signed {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use forkd_api::manifests::MANAGED_BY;
 use forkd_api::{FORK_LABEL, Fork, ForkSpec, ForkTarget, ForkTargetSpec, Laptop, MANAGER, condition, names};
 use jiff::Timestamp;
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
@@ -80,14 +81,14 @@ pub fn readiness(target: &ForkTarget) -> Readiness {
 }
 
 impl Claimant {
-    /// The Fork of this id, and whether it had to be made.
+    /// The Fork of this id, and whether it is there for intercepts only: made by a daemon, at this moment or before.
     ///
     /// # Errors
     /// [`Failure`]: someone else's fork, or the API server.
     pub async fn fork(&self, id: &str) -> Result<(Fork, bool), Failure> {
         let api = Api::<Fork>::all(self.client.clone());
         let mut fork = Fork::new(id, ForkSpec { owner: self.owner.clone() });
-        fork.labels_mut().insert("app.kubernetes.io/managed-by".to_owned(), MANAGER.to_owned());
+        fork.labels_mut().insert(MANAGED_BY.to_owned(), MANAGER.to_owned());
         let cannot = || format!("cannot use the fork {id}");
         match api.create(&PostParams::default(), &fork).await {
             Ok(fork) => return Ok((fork, true)),
@@ -100,7 +101,9 @@ impl Claimant {
                 .because(format!("it belongs to {}", fork.spec.owner))
                 .advice("choose another id with --fork"));
         }
-        Ok((fork, false))
+        // A daemon that was killed made it and could not take it away.
+        let made = fork.labels().get(MANAGED_BY).is_some_and(|by| by == MANAGER);
+        Ok((fork, made))
     }
 
     /// Creates the ForkTarget, or takes over the one that this laptop left behind.
@@ -125,11 +128,8 @@ impl Claimant {
             metadata: ObjectMeta {
                 name: Some(name.clone()),
                 labels: Some(
-                    [
-                        ("app.kubernetes.io/managed-by".to_owned(), MANAGER.to_owned()),
-                        (FORK_LABEL.to_owned(), spec.fork.clone()),
-                    ]
-                    .into(),
+                    [(MANAGED_BY.to_owned(), MANAGER.to_owned()), (FORK_LABEL.to_owned(), spec.fork.clone())]
+                        .into(),
                 ),
                 owner_references: Some(vec![owner]),
                 ..ObjectMeta::default()
@@ -310,7 +310,7 @@ async fn counted_empty(api: &Api<Fork>, id: &str) -> Result<Option<String>, kube
     let count = kubernetes::wait_for(api, id, Instant::now() + COUNT, |fork| match fork {
         Watched::Object(fork) if fork.status.as_ref().is_some_and(|status| status.targets > 0) => None,
         Watched::Object(fork) => Some(fork.resource_version()),
-        Watched::Deleted => Some(None),
+        Watched::Absent | Watched::Deleted => Some(None),
     })
     .await;
     match count {

@@ -7,8 +7,8 @@ use std::io;
 use std::net::SocketAddr;
 use std::os::fd::OwnedFd;
 use std::rc::Rc;
-use std::sync::Arc;
-use std::time::Duration;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
 
 use bytes::Bytes;
 use forkd_core::dns::Zones;
@@ -32,6 +32,12 @@ const RETRY: (Duration, Duration) = (Duration::from_millis(100), Duration::from_
 /// An agent that no relay has known for so long is gone. Restarts of relays are over much sooner, and flows through
 /// the agent outlive them.
 const FORGET: Duration = Duration::from_secs(60);
+/// How long a forbidden dial is worth a word in the status: while someone wonders why a connection failed.
+const FORBIDDEN_SHOWN: Duration = Duration::from_secs(300);
+/// The most reasons that are kept. There is about one for each namespace.
+const FORBIDDEN_MAX: usize = 8;
+/// An agent that is there says something within a round trip.
+const SIGN_OF_LIFE: Duration = Duration::from_secs(4);
 
 /// Connections to agents.
 pub type Connections = BTreeMap<Identity, Connection>;
@@ -43,6 +49,7 @@ pub struct DataPlane {
     connections: watch::Receiver<Connections>,
     preferred: watch::Sender<Vec<String>>,
     orders: mpsc::Sender<Order>,
+    forbidden: Forbidden,
     thread: Option<std::thread::JoinHandle<()>>,
 }
 
@@ -79,10 +86,13 @@ impl DataPlane {
         let (connected, connections) = watch::channel(Connections::new());
         let (preferred, prefers) = watch::channel(Vec::new());
         let (ready, started) = oneshot::channel();
+        let forbidden = Forbidden::default();
+        let seen = forbidden.clone();
         let thread = std::thread::Builder::new()
             .name("packets".to_owned())
             .spawn(move || {
-                let shared = Shared { connected: Rc::new(connected), reachable, prefers, targets };
+                let shared =
+                    Shared { connected: Rc::new(connected), reachable, prefers, targets, forbidden: seen };
                 let result = tokio::runtime::Builder::new_current_thread()
                     .enable_all()
                     .build()
@@ -96,12 +106,17 @@ impl DataPlane {
             })
             .map_err(|error| PlaneError::Start(error.into()))?;
         let endpoint = started.await.map_err(|_| PlaneError::Ended)?.map_err(PlaneError::Start)?;
-        Ok(Self { endpoint, connections, preferred, orders, thread: Some(thread) })
+        Ok(Self { endpoint, connections, preferred, orders, forbidden, thread: Some(thread) })
     }
 
     /// Connections of the moment, and their changes.
     pub fn connections(&self) -> watch::Receiver<Connections> {
         self.connections.clone()
+    }
+
+    /// Why connections of the last minutes were forbidden, newest last: the application sees no more than an errno.
+    pub fn forbidden(&self) -> Vec<String> {
+        self.forbidden.recent()
     }
 
     /// New flows go out by the first of these pods (`metadata.uid`) that is connected, else by the gateway.
@@ -150,11 +165,33 @@ impl Drop for DataPlane {
     }
 }
 
+/// What the cluster said about dials that it forbade. Cheap to clone.
+#[derive(Clone, Default)]
+struct Forbidden(Arc<Mutex<Vec<(String, Instant)>>>);
+
+impl Forbidden {
+    fn note(&self, reason: &str) {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(other, _)| other != reason);
+        all.push((reason.to_owned(), Instant::now()));
+        if all.len() > FORBIDDEN_MAX {
+            all.remove(0);
+        }
+    }
+
+    fn recent(&self) -> Vec<String> {
+        let mut all = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        all.retain(|(_, at)| at.elapsed() < FORBIDDEN_SHOWN);
+        all.iter().map(|(reason, _)| reason.clone()).collect()
+    }
+}
+
 struct Shared {
     connected: Rc<watch::Sender<Connections>>,
     reachable: watch::Receiver<Vec<Identity>>,
     prefers: watch::Receiver<Vec<String>>,
     targets: Targets,
+    forbidden: Forbidden,
 }
 
 async fn run(
@@ -180,7 +217,12 @@ async fn run(
     let connections = shared.connected.subscribe();
     let gateways = connections.clone();
     let questions = Questions::start(async move || gateway(&gateways.borrow()).cloned());
-    let dialer = Rc::new(ClusterDialer { connections, prefers: shared.prefers, questions });
+    let dialer = Rc::new(ClusterDialer {
+        connections,
+        prefers: shared.prefers,
+        questions,
+        forbidden: shared.forbidden,
+    });
     if ready.send(Ok(endpoint.clone())).is_err() {
         return;
     }
@@ -274,9 +316,13 @@ async fn keep_agent(
         pause = RETRY.0;
         tracing::info!(agent = agent.short(), "connected");
         connected.send_modify(|all| drop(all.insert(agent.clone(), connection.clone())));
+        let mut news = reachable.clone();
         tokio::select! {
             () = deliver::serve(connection.clone(), agent.clone(), targets.clone()) => {}
             () = unlisted(&mut reachable, agent, FORGET) => connection.close(code(Reset::Cancelled), b"gone"),
+            () = replaced(&mut news, agent, &connection, endpoint) => {
+                connection.close(code(Reset::Cancelled), b"replaced");
+            }
         }
         connected.send_modify(|all| drop(all.remove(agent)));
         tracing::info!(agent = agent.short(), why = ?connection.close_reason(), "disconnected");
@@ -296,11 +342,41 @@ async fn unlisted(reachable: &mut watch::Receiver<Vec<Identity>>, agent: &Identi
     }
 }
 
+/// Resolves when the agent does not know this connection (any more). QUIC would find out after hours: one that was
+/// killed says nothing, and its successor of the same name cannot know. Asked whenever a relay has news of agents.
+async fn replaced(
+    news: &mut watch::Receiver<Vec<Identity>>,
+    agent: &Identity,
+    connection: &Connection,
+    endpoint: &LaptopEndpoint,
+) {
+    loop {
+        if news.changed().await.is_err() {
+            return std::future::pending().await;
+        }
+        let mut paths = endpoint.socket().changes();
+        while news.borrow_and_update().contains(agent) {
+            paths.mark_unchanged();
+            // A kind that no agent knows: it says so, or (of a later version) something else; either is a sign of life.
+            let asked =
+                tokio::time::timeout(SIGN_OF_LIFE, stream::open(connection, Open { kind: None })).await;
+            if asked.is_ok() {
+                break;
+            }
+            // Silence counts only if the way was there all the time.
+            if !paths.has_changed().unwrap_or(false) {
+                return;
+            }
+        }
+    }
+}
+
 /// Opens flows by the pod of the newest intercept, else by the gateway.
 struct ClusterDialer {
     connections: watch::Receiver<Connections>,
     prefers: watch::Receiver<Vec<String>>,
     questions: Questions,
+    forbidden: Forbidden,
 }
 
 impl ClusterDialer {
@@ -331,6 +407,9 @@ impl ClusterDialer {
             match stream::open(&connection, dial.clone()).await {
                 Ok((send, recv)) => return Ok(Stream::quic(send, recv)),
                 Err(OpenError::Refused { outcome, reason }) => {
+                    if outcome == Outcome::Forbidden {
+                        self.forbidden.note(&reason);
+                    }
                     last = Refused { outcome, reason };
                     // Only an agent that cannot serve at all is worth asking another.
                     if !matches!(outcome, Outcome::Unavailable | Outcome::Unsupported) {

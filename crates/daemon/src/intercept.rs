@@ -4,10 +4,12 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 use std::time::Duration;
 
-use forkd_api::{ForkTarget, ForkTargetSpec, OnUnavailable, TargetPort as SpecPort, Traffic, names};
+use forkd_api::{
+    ForkTarget, ForkTargetSpec, OnUnavailable, TargetPort as SpecPort, Traffic, condition, names,
+};
 use forkd_tunnel::identity::Identity;
-use forkd_tunnel::stream;
-use forkd_wire::tunnel::{Environment, Open, open};
+use forkd_tunnel::stream::{self, OpenError};
+use forkd_wire::tunnel::{Environment, Open, Outcome, open};
 use kube::{Api, ResourceExt};
 use tokio::task::AbortHandle;
 use tokio::time::Instant;
@@ -27,7 +29,7 @@ use crate::status;
 const ENVIRONMENT: Duration = Duration::from_secs(20);
 /// The kernel's bound for environment and arguments (ARG_MAX) is 2 MiB.
 const MAX_ENVIRONMENT: usize = 2 * 1024 * 1024;
-/// Between attempts to take back a claim that someone deleted.
+/// Between attempts to take back a claim that has gone.
 const RECLAIM: Duration = Duration::from_secs(5);
 
 /// Namespace, Service, fork.
@@ -93,6 +95,27 @@ impl Shared {
         drop(newest_first);
         drop(held);
         self.plane.prefer(pods);
+    }
+
+    /// Whether the controller last saw this laptop connected to the target's agents.
+    fn was_connected(&self, key: &Key) -> bool {
+        let held = self.held();
+        let seen =
+            held.get(key).and_then(|held| held.seen.as_ref()).and_then(|target| target.status.as_ref());
+        seen.into_iter()
+            .flat_map(|status| &status.conditions)
+            .any(|each| each.type_ == condition::LAPTOP_CONNECTED && each.status == "True")
+    }
+
+    /// Whether the fork goes with this intercept, which is forgotten: it goes with the last one, whichever made it.
+    fn fork_goes(&self, key: &Key, made: bool) -> bool {
+        match self.held().iter_mut().find(|(other, _)| other.fork == key.fork) {
+            Some((_, heir)) => {
+                heir.made_fork |= made;
+                false
+            }
+            None => made,
+        }
     }
 
     fn forget(&self, key: &Key) -> Option<Held> {
@@ -288,9 +311,11 @@ impl Intercepts {
         let ask = Open { kind: Some(open::Kind::Environment(Environment {})) };
         let read = async {
             let (_send, mut recv) = stream::open(&connection, ask).await.map_err(|error| {
+                let forbidden = matches!(&error, OpenError::Refused { outcome: Outcome::Forbidden, .. });
                 cannot()
                     .caused_by(&error)
                     .advice("it needs `create pods/exec` in the namespace; without the environment: --no-env")
+                    .exit(if forbidden { Exit::Refused } else { Exit::Failed })
             })?;
             recv.read_to_end(MAX_ENVIRONMENT).await.map_err(|error| cannot().caused_by(&error))
         };
@@ -376,8 +401,8 @@ impl Intercepts {
     ) -> Result<LeftTarget, Failure> {
         progress.step(format!("leaving {}", key.service));
         let made_fork = self.0.forget(key).is_some_and(|held| held.made_fork) || made_fork;
-        let others = self.0.held().keys().any(|other| other.fork == key.fork);
-        self.0.claimant.release(&key.namespace, &key.service, &key.fork, made_fork && !others).await?;
+        let and_fork = self.0.fork_goes(key, made_fork);
+        self.0.claimant.release(&key.namespace, &key.service, &key.fork, and_fork).await?;
         tracing::info!(service = key.service, namespace = key.namespace, fork = key.fork, "left");
         Ok(LeftTarget {
             namespace: key.namespace.clone(),
@@ -428,7 +453,7 @@ fn describe(key: &Key, held: &Held) -> status::Intercept {
     let (ready, message) = match held.seen.as_ref().map(readiness) {
         Some(Readiness::Ready) => (true, String::new()),
         Some(Readiness::Waiting(message) | Readiness::Failed { message, .. }) => (false, message),
-        None => (false, "someone deleted the ForkTarget; it is being made again".to_owned()),
+        None => (false, "its ForkTarget is gone; it is being made again".to_owned()),
     };
     status::Intercept {
         fork: key.fork.clone(),
@@ -444,8 +469,8 @@ fn describe(key: &Key, held: &Held) -> status::Intercept {
     }
 }
 
-/// Follows the object of a held target; makes it again when someone deleted it, e.g. the controller while the laptop
-/// slept.
+/// Follows the object of a held target. Makes it again when it has gone while the laptop was not there: the controller
+/// frees the claims of laptops that sleep for long.
 async fn follow(shared: Weak<Shared>, key: Key, name: String) {
     // Long enough to be rare, short enough for tokio's timer; a watch is opened anew much more often.
     const LONG: Duration = Duration::from_secs(24 * 3600);
@@ -457,13 +482,15 @@ async fn follow(shared: Weak<Shared>, key: Key, name: String) {
                 shared.upgrade()?.observe(&key, target);
                 None
             }
-            Watched::Deleted => Some(()),
+            Watched::Absent => Some(Gone::Before),
+            Watched::Deleted => Some(Gone::Now),
         })
         .await;
         let Some(shared) = shared.upgrade() else { return };
         let about = format!("{}.{}", key.service, key.namespace);
         match gone {
-            Ok(()) => {
+            Ok(Gone::Now) if shared.was_connected(&key) => return evicted(&shared, &key, &about).await,
+            Ok(_) => {
                 let failed = reclaim(&shared, &key).await.err();
                 shared.problems.set(&about, failed.map(|failure| failure.one_line()));
             }
@@ -474,6 +501,28 @@ async fn follow(shared: Weak<Shared>, key: Key, name: String) {
         }
         drop(shared);
         tokio::time::sleep(RECLAIM).await;
+    }
+}
+
+/// When a ForkTarget went away.
+enum Gone {
+    /// While nobody here looked.
+    Before,
+    /// Before our eyes.
+    Now,
+}
+
+/// Someone took the target from a laptop that was there: they are to have their way.
+async fn evicted(shared: &Shared, key: &Key, about: &str) {
+    let Some(mut held) = shared.forget(key) else { return };
+    // It is this task, which has something left to do.
+    held.follow = None;
+    shared
+        .problems
+        .set(about, Some("someone deleted its ForkTarget: it is not intercepted any more".to_owned()));
+    let and_fork = shared.fork_goes(key, held.made_fork);
+    if let Err(failure) = shared.claimant.release(&key.namespace, &key.service, &key.fork, and_fork).await {
+        tracing::warn!(fork = key.fork, error = failure.one_line(), "the fork stays");
     }
 }
 

@@ -248,7 +248,9 @@ fn role_that_allows(message: &str) -> String {
 pub enum Watched<T> {
     /// Changed, or as it was at the start.
     Object(T),
-    /// Gone.
+    /// It is not there, and may have been gone for long.
+    Absent,
+    /// It has been deleted just now.
     Deleted,
 }
 
@@ -284,7 +286,7 @@ where
                     object.resource_version().unwrap_or_default()
                 }
                 Ok(None) => {
-                    if let Some(answer) = answer(Watched::Deleted) {
+                    if let Some(answer) = answer(Watched::Absent) {
                         return Ok(answer);
                     }
                     "0".to_owned()

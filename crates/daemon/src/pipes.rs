@@ -12,7 +12,7 @@ use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::failure::Failure;
+use crate::failure::{Exit, Failure};
 use crate::kubernetes;
 use crate::portforward;
 
@@ -68,6 +68,18 @@ pub async fn open(
         Some(kube::Error::Api(status)) if status.code == 404 => Failure::new(cannot)
             .because(&status.message)
             .advice("see whether forkd is installed: `kubectl get pods -n forkd`; `forkd install`"),
+        // RBAC alone says no without a reason, and the API server then does not say which verb it asked for.
+        Some(kube::Error::Api(status)) if status.code == 403 && !status.message.contains(" cannot ") => {
+            Failure::new(cannot)
+                .because(status.message.trim().trim_end_matches(':'))
+                .because(format!(
+                    "you cannot create resource \"pods/portforward\" named {} in the namespace \
+                     {SYSTEM_NAMESPACE}",
+                    relay(first)
+                ))
+                .advice(format!("ask for the Role `forkd-user` in the namespace {SYSTEM_NAMESPACE}"))
+                .exit(Exit::Refused)
+        }
         Some(error) => kubernetes::failure(cannot, error),
         None => Failure::new(cannot),
     };

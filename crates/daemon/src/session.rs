@@ -162,6 +162,7 @@ impl Session {
         if let Some(problem) = path.problem {
             problems.push(problem);
         }
+        problems.extend(self.plane.forbidden());
         let agents = self
             .plane
             .connections()
