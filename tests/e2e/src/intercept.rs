@@ -3,6 +3,7 @@
 use serde_json::Value;
 
 use crate::harness::cluster::{self, SHOP, get, kubectl, pods_of, rolled_out, scale, target_ready, text};
+use crate::harness::test::no_fork_is_left;
 use crate::harness::wait::so;
 use crate::harness::{eventually, inside, on_laptop};
 
@@ -353,12 +354,27 @@ fn the_objects_in_the_cluster_say_what_is_going_on() {
         for word in ["alice", "cart", "Keyed", "2/2", "True"] {
             assert!(table.contains(word), "{table}");
         }
-        // Deleting the fork by plain kubectl is as good as leaving.
-        kubectl(&["delete", "fork", "alice"]).ok();
-        eventually("the laptop gets nothing more", || {
-            let line = inside().http("cart:8080", "alice");
-            so(line.from() == "cluster", || format!("{line:?}"))
-        });
+    });
+}
+
+#[test]
+fn whoever_deletes_the_fork_or_the_target_by_plain_kubectl_ends_the_intercept() {
+    on_laptop(|laptop| {
+        laptop.connect();
+        let cart = laptop.serve("cart", "laptop");
+        for object in [["fork", "alice"].as_slice(), &["forktargets", "--all", "--namespace", SHOP]] {
+            laptop.intercept("cart", cart.port(), &["--fork", "alice"]);
+            assert_eq!(inside().http("cart:8080", "alice").fine().from(), "laptop");
+            kubectl(&[&["delete"], object].concat()).ok();
+            eventually("the laptop gets nothing more", || {
+                let line = inside().http("cart:8080", "alice");
+                so(line.from() == "cluster", || format!("{line:?}"))
+            });
+            let status = laptop.forkd_json(&["status"]);
+            assert_eq!(status["intercepts"], serde_json::json!([]), "{status}");
+            assert!(status["problems"].to_string().contains("cart.shop"), "{status}");
+            no_fork_is_left();
+        }
     });
 }
 

@@ -72,7 +72,11 @@ fn grpc_calls_streams_and_trailers_go_where_their_key_leads() {
             assert_eq!((chat.from(), chat.messages, chat.same), (from, 20, Some(true)), "{key}");
             assert_eq!(chat.trailers.get("shop-count").map(String::as_str), Some("20"), "{chat:?}");
             assert_eq!(chat.trailers.get("shop-where").map(String::as_str), Some(from), "{chat:?}");
-            assert_eq!(chat.served_by.is_empty(), key.is_empty(), "whoever asks with a key is told who answered: {chat:?}");
+            assert_eq!(
+                chat.served_by.is_empty(),
+                key.is_empty(),
+                "whoever asks with a key is told who answered: {chat:?}"
+            );
         }
         let lines =
             inside().ask("grpc", "price:50051", &["--mixed", "alice,-,bob", "--n", "90", "--keepalive"]);

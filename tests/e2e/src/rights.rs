@@ -4,7 +4,9 @@
 use serde_json::{Value, json};
 
 use crate::harness::cluster::{self, SHOP, apply, kubectl};
-use crate::harness::{Laptop, Output, on_laptop};
+use crate::harness::test::no_fork_is_left;
+use crate::harness::wait::so;
+use crate::harness::{Laptop, Output, eventually, on_laptop};
 
 /// Where a right is given.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -97,7 +99,11 @@ fn with_exactly_these_rights_everything_works() {
         give(&[]);
         let carol = carol(laptop);
         carol.connect();
-        assert_eq!(carol.client().http("cart:8080", "").fine().from(), "cluster");
+        // A refusal of a moment ago may be remembered.
+        eventually("the cluster lets her", || {
+            let line = carol.client().http("cart:8080", "");
+            so(line.from() == "cluster", || format!("{line:?}"))
+        });
         let output = intercept(&carol);
         assert_eq!(output.code, 0, "{output}");
         carol.forkd(&["quit"]).ok();
@@ -142,7 +148,7 @@ fn a_right_that_intercepting_needs_is_named_when_it_is_missing() {
         ] {
             give(&[(place, resource, verb)]);
             // The API server's authorizer reads its own cache: refusal begins when it has heard of the change.
-            crate::harness::eventually("the right is gone", || {
+            eventually("the right is gone", || {
                 let can = kubectl(&[
                     "auth",
                     "can-i",
@@ -152,11 +158,11 @@ fn a_right_that_intercepting_needs_is_named_when_it_is_missing() {
                     SHOP,
                     "--as=carol",
                 ]);
-                crate::harness::wait::so(can.code != 0, || can.to_string())
+                so(can.code != 0, || can.to_string())
             });
             let refused = intercept(&carol);
             refused.fails(4, &["error:", "because:", verb, resource, "try:"]);
-            crate::harness::test::no_fork_is_left();
+            no_fork_is_left();
         }
         give(&[]);
         carol.forkd(&["quit"]).ok();
