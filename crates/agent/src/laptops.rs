@@ -6,7 +6,7 @@ use std::net::SocketAddr;
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll, ready};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use forkd_tunnel::stream::{OpenError, code, open};
 use forkd_wire::control::{Route, User};
@@ -22,6 +22,10 @@ use crate::proxy::{Deliver, DeliverError};
 /// for this long is asleep or gone: the caller gets what `onUnavailable` says.
 const ANSWER: Duration = Duration::from_secs(5);
 
+/// How long a laptop counts as there after the last relay that knew it. When a relay dies, its laptops come back by
+/// another within a second or so; their requests wait for that instead of failing.
+const GRACE: Duration = Duration::from_secs(3);
+
 /// The connected laptops. Clones are the same.
 #[derive(Clone, Default)]
 pub struct Laptops(Arc<Inner>);
@@ -29,8 +33,9 @@ pub struct Laptops(Arc<Inner>);
 #[derive(Default)]
 struct Inner {
     connected: Mutex<HashMap<String, Connected>>,
-    /// Laptops that a relay knows to be there: it notices in a moment when one is gone, QUIC only after hours.
-    there: Mutex<Option<BTreeSet<String>>>,
+    /// Laptops that a relay knows to be there, and those that it no longer knows, since when: a relay notices in a
+    /// moment when one is gone, QUIC only after hours.
+    there: Mutex<HashMap<String, Option<Instant>>>,
     changed: watch::Sender<()>,
 }
 
@@ -61,7 +66,15 @@ impl Laptops {
 
     /// What the relays know: these laptops are there, no others.
     pub fn set_there(&self, there: BTreeSet<String>) {
-        *self.0.there.lock().unwrap_or_else(PoisonError::into_inner) = Some(there);
+        let mut known = self.there();
+        let now = Instant::now();
+        for (id, gone) in known.iter_mut() {
+            if !there.contains(id) {
+                gone.get_or_insert(now);
+            }
+        }
+        known.extend(there.into_iter().map(|id| (id, None)));
+        drop(known);
         self.0.changed.send_replace(());
     }
 
@@ -77,9 +90,9 @@ impl Laptops {
     /// Ids of the laptops that can be reached.
     pub fn reachable(&self) -> Vec<String> {
         let mut ids: Vec<_> = self.connected().keys().cloned().collect();
-        if let Some(there) = &*self.0.there.lock().unwrap_or_else(PoisonError::into_inner) {
-            ids.retain(|id| there.contains(id));
-        }
+        let mut there = self.there();
+        there.retain(|_, gone| gone.is_none_or(|since| since.elapsed() < GRACE));
+        ids.retain(|id| there.contains_key(id));
         ids.sort();
         ids
     }
@@ -102,10 +115,15 @@ impl Laptops {
         }
         let connection = laptop.connection.clone();
         drop(connected);
-        match &*self.0.there.lock().unwrap_or_else(PoisonError::into_inner) {
-            Some(there) if !there.contains(&route.laptop) => Err(DeliverError::LaptopGone),
-            _ => Ok(connection),
+        match self.there().get(&route.laptop) {
+            Some(None) => Ok(connection),
+            Some(Some(since)) if since.elapsed() < GRACE => Ok(connection),
+            _ => Err(DeliverError::LaptopGone),
         }
+    }
+
+    fn there(&self) -> MutexGuard<'_, HashMap<String, Option<Instant>>> {
+        self.0.there.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     fn connected(&self) -> MutexGuard<'_, HashMap<String, Connected>> {

@@ -144,7 +144,10 @@ impl Agent {
                     self.laptops.set_there(now);
                 }
                 Ok(()) = changes.changed() => self.report(),
-                _ = count.tick() => self.count(),
+                _ = count.tick() => {
+                    self.count();
+                    self.report();
+                }
                 _ = terminate.recv() => break "terminated",
                 _ = interrupt.recv() => break "interrupted",
                 () = sleep_until(idle.unwrap_or_else(far)), if idle.is_some() => break "idle",

@@ -231,6 +231,10 @@ pub fn failure(doing: impl Into<String>, error: &kube::Error) -> Failure {
 
 /// Which of forkd's roles has the verb that is missing.
 fn role_that_allows(message: &str) -> String {
+    // RBAC names bindings to a role that is not there: somebody bound it, and forkd has been uninstalled since.
+    if message.contains("\"forkd-user\" not found") {
+        return "forkd is not installed there (any more): `forkd install`, as an administrator".to_owned();
+    }
     let resource =
         message.split("resource \"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or_default();
     match resource {

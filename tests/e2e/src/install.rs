@@ -85,7 +85,7 @@ fn uninstall_gives_every_port_back_and_leaves_no_object() {
         });
         let quit = laptop.forkd(&["quit"]);
         assert!(matches!(quit.code, 0 | 3), "{quit}");
-        laptop.forkd(&["connect"]).fails(1, &["error:", "try:", "forkd install"]);
+        laptop.forkd(&["connect"]).fails(4, &["error:", "try:", "forkd install"]);
         laptop.forkd(&["quit"]).ok();
         administrator.forkd(&["uninstall", "--yes"]).ok(); // nothing to do is no failure
 

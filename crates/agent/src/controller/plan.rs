@@ -88,7 +88,7 @@ enum Claim {
 pub fn plan(input: &Input<'_>) -> Plan {
     let mut targets: Vec<_> =
         input.targets.iter().filter(|target| target.metadata.deletion_timestamp.is_none()).collect();
-    targets.sort_by_key(|target| (age(target), target.metadata.uid.clone()));
+    targets.sort_by_key(|target| (age(target), !holds(target), target.metadata.uid.clone()));
     let mut plan = Plan::default();
     let mut claims: HashMap<Claim, Arc<ForkTarget>> = HashMap::new();
     for target in targets {
@@ -107,6 +107,12 @@ pub fn plan(input: &Input<'_>) -> Plan {
 
 fn age(target: &ForkTarget) -> Timestamp {
     target.metadata.creation_timestamp.as_ref().map_or(Timestamp::MAX, |time| time.0)
+}
+
+/// It has what it claims already. Creation times are whole seconds: of two claims of one second, the first keeps it.
+fn holds(target: &ForkTarget) -> bool {
+    let conditions = target.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    conditions.iter().any(|c| c.type_ == forkd_api::condition::ROUTED && c.status == "True")
 }
 
 /// Fork, Service, ports and pods of one target.
