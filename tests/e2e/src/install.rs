@@ -91,7 +91,7 @@ fn uninstall_gives_every_port_back_and_leaves_no_object() {
 
         // What is not forkd's is not overwritten.
         kubectl(&["create", "clusterrole", "forkd-view", "--verb=get", "--resource=pods"]).ok();
-        install(&[]).fails(1, &["error:", "forkd-view"]);
+        install(&[]).fails(4, &["error:", "forkd-view"]);
         kubectl(&["delete", "clusterrole", "forkd-view"]).ok();
         install(&[]).ok();
         developers();

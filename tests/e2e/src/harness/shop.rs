@@ -8,6 +8,7 @@ use serde_json::Value;
 use super::cluster::{SHOP, script};
 use super::laptop::Laptop;
 use super::process::{Output, Process, run};
+use super::wait::{eventually, so};
 
 /// What the client prints for one request or connection.
 #[derive(Clone, Debug, Deserialize)]
@@ -103,24 +104,38 @@ impl Answer {
     }
 }
 
-/// The client in a pod of the shop, or on a laptop.
+/// The shop's client, and where it runs.
 #[derive(Clone, Debug)]
-pub struct Client(Option<Laptop>);
+pub enum Client {
+    /// In a pod of the shop that no test intercepts; the API server carries what it says.
+    Pod,
+    /// On the node: reaches Services by address, and needs no API server.
+    Node,
+    /// On a laptop.
+    Laptop(Laptop),
+}
 
 /// The client in a pod that no test intercepts.
 pub fn inside() -> Client {
-    Client(None)
+    Client::Pod
 }
 
 impl Client {
     pub fn on(laptop: Laptop) -> Self {
-        Self(Some(laptop))
+        Self::Laptop(laptop)
     }
 
     fn command(&self, kind: &str, addr: &str, more: &[&str]) -> std::process::Command {
-        let mut command = match &self.0 {
-            Some(laptop) => laptop.command("shop"),
-            None => {
+        let mut command = match self {
+            Self::Laptop(laptop) => laptop.command("shop"),
+            Self::Node => {
+                let mut command = script();
+                command
+                    .arg("node")
+                    .arg(std::env::var("FORKD_BIN_DIR").expect("set by tests/e2e/run") + "/shop");
+                command
+            }
+            Self::Pod => {
                 let mut command = script();
                 command.args(["kubectl", "--namespace", SHOP, "exec", "deployment/clock", "--", "/bin/shop"]);
                 command
@@ -161,6 +176,25 @@ impl Client {
     #[track_caller]
     pub fn http(&self, addr: &str, key: &str) -> Line {
         self.one("http1", addr, &["--key", key])
+    }
+
+    /// Asks beside the test, and waits until the connection is there.
+    #[track_caller]
+    pub fn hold(&self, kind: &str, addr: &str, more: &[&str]) -> Process {
+        let process = self.start(kind, addr, more);
+        let port = addr.rsplit(':').next().unwrap_or_default();
+        let list =
+            ["ss", "-Htn", "state", "established", "dport", "=", &format!(":{port}")].map(str::to_owned);
+        eventually(&format!("a connection to {addr} is there"), || {
+            let found = match self {
+                Self::Laptop(laptop) => {
+                    laptop.run(&list[0], &list[1..].iter().map(String::as_str).collect::<Vec<_>>())
+                }
+                Self::Node | Self::Pod => run(script().arg("node").args(&list), None),
+            };
+            so(!found.stdout.trim().is_empty(), || format!("{found}"))
+        });
+        process
     }
 
     /// Asks beside the test.
