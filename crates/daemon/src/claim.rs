@@ -16,6 +16,8 @@ use crate::kubernetes::{self, WaitError, Watched};
 
 /// Until everything is in place. Pulling the agent image onto a node for the first time is the longest part.
 const READY: Duration = Duration::from_secs(120);
+/// How often a fork that changes under our hands is looked at again before it is left.
+const TRIES: usize = 8;
 /// Until a deleted object is gone; the controller has no finaliser on it, so this is a matter of milliseconds.
 const GONE: Duration = Duration::from_secs(30);
 /// Until the controller has counted a target that is gone.
@@ -271,23 +273,29 @@ impl Claimant {
         let api = Api::<Fork>::all(self.client.clone());
         let failed = |error: &kube::Error| kubernetes::failure(format!("cannot delete the fork {id}"), error);
         let in_it = ListParams::default().labels(&format!("{FORK_LABEL}={id}")).limit(1);
-        let version = match Api::<ForkTarget>::all(self.client.clone()).list(&in_it).await {
-            Ok(rest) if !rest.items.is_empty() => return Ok(()),
-            Ok(_) => None,
-            Err(kube::Error::Api(status)) if status.code == 403 => match counted_empty(&api, id).await {
-                Ok(Some(version)) => Some(version),
-                Ok(None) => return Ok(()),
+        // Each status that the controller writes meanwhile makes a new version: look again.
+        for _ in 0..TRIES {
+            let version = match Api::<ForkTarget>::all(self.client.clone()).list(&in_it).await {
+                Ok(rest) if !rest.items.is_empty() => return Ok(()),
+                Ok(_) => None,
+                Err(kube::Error::Api(status)) if status.code == 403 => match counted_empty(&api, id).await {
+                    Ok(Some(version)) => Some(version),
+                    Ok(None) => return Ok(()),
+                    Err(error) => return Err(failed(&error)),
+                },
                 Err(error) => return Err(failed(&error)),
-            },
-            Err(error) => return Err(failed(&error)),
-        };
-        let as_seen = Preconditions { uid: None, resource_version: version };
-        match api.delete(id, &DeleteParams::default().preconditions(as_seen)).await {
-            // 409: the count has changed since; whoever came is in it.
-            Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
-            Err(error) => Err(failed(&error)),
-            Ok(_) => Ok(()),
+            };
+            let as_seen = Preconditions { uid: None, resource_version: version };
+            match api.delete(id, &DeleteParams::default().preconditions(as_seen)).await {
+                Err(kube::Error::Api(status)) if status.code == 404 => return Ok(()),
+                Err(kube::Error::Api(status)) if status.code == 409 => {}
+                Err(error) => return Err(failed(&error)),
+                Ok(_) => return Ok(()),
+            }
         }
+        Err(Failure::new(format!("cannot delete the fork {id}"))
+            .because("it changes all the time")
+            .advice(format!("kubectl delete fork {id}")))
     }
 
     /// Waits until the object with this uid is gone, whatever has its name then.

@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use forkd_api::{
     ForkTarget, ForkTargetSpec, OnUnavailable, TargetPort as SpecPort, Traffic, condition, names,
@@ -31,6 +31,8 @@ const ENVIRONMENT: Duration = Duration::from_secs(20);
 const MAX_ENVIRONMENT: usize = 2 * 1024 * 1024;
 /// Between attempts to take back a claim that has gone.
 const RECLAIM: Duration = Duration::from_secs(5);
+/// The controller frees no claim of a laptop that it saw more recently than this; its own grace is longer.
+const FREED_AFTER: Duration = Duration::from_secs(60);
 
 /// Namespace, Service, fork.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -51,6 +53,9 @@ struct Held {
     attached: bool,
     /// As last seen.
     seen: Option<ForkTarget>,
+    /// Until when the controller said that this laptop is connected to the target's agents, if it no longer does. By
+    /// the wall clock, which goes on while the laptop sleeps.
+    connected_until: Option<SystemTime>,
     /// Follows the object; ended with this.
     follow: Option<AbortHandle>,
 }
@@ -84,6 +89,9 @@ impl Shared {
     fn observe(&self, key: &Key, target: &ForkTarget) {
         let mut held = self.held();
         let Some(mine) = held.get_mut(key) else { return };
+        if mine.seen.as_ref().is_some_and(says_connected) {
+            mine.connected_until = Some(SystemTime::now());
+        }
         mine.seen = Some(target.clone());
         let mut newest_first: Vec<&Held> = held.values().collect();
         newest_first.sort_unstable_by_key(|held| std::cmp::Reverse(held.order));
@@ -97,14 +105,13 @@ impl Shared {
         self.plane.prefer(pods);
     }
 
-    /// Whether the controller last saw this laptop connected to the target's agents.
+    /// Whether this laptop was connected to the target's agents a moment ago: then it was not the controller that freed
+    /// the claim. The moment is long enough for a Fork whose target says so first and goes away next.
     fn was_connected(&self, key: &Key) -> bool {
         let held = self.held();
-        let seen =
-            held.get(key).and_then(|held| held.seen.as_ref()).and_then(|target| target.status.as_ref());
-        seen.into_iter()
-            .flat_map(|status| &status.conditions)
-            .any(|each| each.type_ == condition::LAPTOP_CONNECTED && each.status == "True")
+        let Some(mine) = held.get(key) else { return false };
+        mine.seen.as_ref().is_some_and(says_connected)
+            || mine.connected_until.is_some_and(|at| at.elapsed().is_ok_and(|since| since < FREED_AFTER))
     }
 
     /// Whether the fork goes with this intercept, which is forgotten: it goes with the last one, whichever made it.
@@ -234,6 +241,7 @@ impl Intercepts {
                 made_fork,
                 attached: wanted.attached,
                 seen: Some(target.clone()),
+                connected_until: None,
                 follow: None,
             },
         );
@@ -502,6 +510,11 @@ async fn follow(shared: Weak<Shared>, key: Key, name: String) {
         drop(shared);
         tokio::time::sleep(RECLAIM).await;
     }
+}
+
+fn says_connected(target: &ForkTarget) -> bool {
+    let conditions = target.status.as_ref().map(|status| status.conditions.as_slice()).unwrap_or_default();
+    conditions.iter().any(|each| each.type_ == condition::LAPTOP_CONNECTED && each.status == "True")
 }
 
 /// When a ForkTarget went away.
